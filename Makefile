@@ -2,6 +2,7 @@
 # make SIZE=gpu      the larger configuration, about 25 M parameters, for a consumer GPU
 # make TINY=1        the same in a minute, to see that everything runs (what it learns is nothing)
 # make gans          the GAN's other two estimators; then: make -B runs/report.json
+# make notebooks     executes all notebooks, in place; with TINY=1 in seconds, and the files stay as they are
 # make test          ruff and the whole test suite
 # make clean         removes runs/ and nothing else
 # Plain commands do the same: each line below is what you would type, with the paths that are its defaults.
@@ -35,7 +36,7 @@ else ifeq ($(SIZE),gpu)
   EVAL := --samples 10000
 endif
 
-.PHONY: all gans test ruff clean
+.PHONY: all gans notebooks test ruff clean
 all: $R/report.json
 
 $R/sft/ckpt.pt: | .venv/ready
@@ -65,6 +66,9 @@ gans: $R/gan_gumbel/ckpt.pt $R/gan_hidden/ckpt.pt
 .venv/ready-test: .venv/ready requirements-test.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
+
+notebooks: .venv/ready
+	TINY=$(TINY) $(PY) tests/run_notebooks.py
 
 ruff: .venv/ready-test
 	$(PY) -m ruff check .
