@@ -104,7 +104,7 @@ def train_bpe(texts, vocab_size):
     return ranks
 
 
-def train_tokenizer(vocab_size: int = 3071, n: int = 50_000):
+def train_tokenizer(vocab_size: int = 4095, n: int = 50_000):
     """Rebuild lexicon/puns.tiktoken on n sentences of the pun world; the end token comes on top of vocab_size."""
     texts = [text for record in world().corpus(n, seed=0) for text in record.values()]
     ranks = train_bpe(texts, vocab_size)
