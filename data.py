@@ -181,7 +181,9 @@ def encode_records(records, name, fields, block_size, where="the data"):
     if not records:
         raise InputError(f"{where}: no records are left to encode, it needs more of them")
     for field in fields:
-        lists = tok.encoding.encode_ordinary_batch([record[field] for record in records], num_threads=2)
+        texts = dict.fromkeys(record[field] for record in records)       # each text once: prompts come again and again
+        known = {text: tok.encode(text) for text in bar(texts, field, len(texts), least=100_000)}
+        lists = [known[record[field]] for record in records]
         ends = [] if field == "prompt" else [tok.end_id]
         lengths = torch.tensor([len(ids) + len(ends) for ids in lists])
         columns = torch.arange(lengths.max())
