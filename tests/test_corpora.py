@@ -12,7 +12,6 @@ import pytest
 import corpora
 import fetch
 import realpuns
-import twins
 from common import InputError
 from corpora import load
 from realpuns import Pun, depun, detokenise, inflect
@@ -329,7 +328,6 @@ def test_shp(tmp_path):
         "more than 5 pairs of one post": 2,
         "an answer is empty": 1,
     }
-    assert len(load(path, min_ratio=1, max_per_post=9).records) == 8
     refuses("train.json:1: 'labels' is 1", jsonl(path, shp(labels=2)))
     refuses("'score_ratio' is not a number", jsonl(path, shp(score_ratio="4")))
 
@@ -358,7 +356,6 @@ def test_openai(tmp_path):
         "chosen": " Loaf is hard.",
         "rejected": " Rise.",
     }
-    assert len(load(path, split="valid1").records) == 1
     # 12 words around and in the post, 3 words and an end in the longer answer: two lines do not fit 14, one does
     assert (
         load(path, block_size=14).records[0]["prompt"] == "SUBREDDIT: r/bread\n\nTITLE: On {puns}\n\nPOST: First {line}.\n\nTL;DR:"
@@ -468,7 +465,6 @@ def test_text(tmp_path):
         [{"prompt": "A pun:", "completion": " I loaf you."}, {"prompt": "A pun:", "completion": " Rise and shine."}],
         {},
     )
-    assert load(path, prompt="About bread:").records[0]["prompt"] == "About bread:"
 
 
 # -----------------------------------------------------------------------------
@@ -484,8 +480,8 @@ def test_group_finds_twins_and_no_template():
         "OLD LANTERNS NEVER DIE -- they just lose their glow!",
         "Something else entirely.",
     ]
-    assert twins.group([[text] for text in texts]) == [0, 0, 2, 3, 2, 5]
-    assert twins.group([]) == [] and twins.group([[""], ["a"]]) == [0, 1]
+    assert corpora.group([[text] for text in texts]) == [0, 0, 2, 3, 2, 5]
+    assert corpora.group([]) == [] and corpora.group([[""], ["a"]]) == [0, 1]
 
 
 def test_prefix_filter_misses_nothing():
@@ -505,7 +501,7 @@ def test_prefix_filter_misses_nothing():
         if near(sets[i], sets[j]):
             a, b = sorted((numbers[i], numbers[j]))
             numbers = [a if n == b else n for n in numbers]
-    assert twins.group([[text] for text in texts], 0.7) == numbers
+    assert corpora.group([[text] for text in texts], 0.7) == numbers
 
 
 def test_split_keeps_twins_together():
@@ -514,11 +510,11 @@ def test_split_keeps_twins_together():
         for i in range(200)
         for twin in (0, 1)
     ]
-    train, test = twins.split(records)
+    train, test = corpora.split(records)
     assert len(train) + len(test) == 400 and len(test) == 40
     assert not {r["completion"].split()[1] for r in train} & {r["completion"].split()[1] for r in test}
-    assert twins.split(records) == (train, test) and twins.split(records, seed=1)[1] != test
-    assert {r["completion"] for r in twins.split(records[::-1])[1]} == {r["completion"] for r in test}  # whatever the order
+    assert corpora.split(records) == (train, test) and corpora.split(records, seed=1)[1] != test
+    assert {r["completion"] for r in corpora.split(records[::-1])[1]} == {r["completion"] for r in test}  # whatever the order
 
 
 def test_split_by_long_prompts():
@@ -533,7 +529,7 @@ def test_split_by_long_prompts():
         "chosen": " Throw everything away; buy fresh yeast from any supermarket instead, honestly.",
         "rejected": " Never mind.",
     }
-    assert twins.group([twins.texts_of(record) for record in (pair, other)]) == [0, 0]
+    assert corpora.group([corpora.texts_of(record) for record in (pair, other)]) == [0, 0]
 
 
 # -----------------------------------------------------------------------------
