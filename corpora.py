@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import tyro
 
-from common import InputError
+from common import InputError, bar
 from realpuns import PROMPT, Pun, completion, detokenise, lemmas, preferences
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -399,7 +399,7 @@ def reshape(records, shape):
             return preferences(records)
         if shape == "rating":
             return [{"prompt": PROMPT, "completion": " " + pun.text, "rating": pun.funniness} for pun in records if pun.ratings]
-        records = [completion(pun) for pun in records if pun.is_pun]
+        records = [{"prompt": PROMPT, "completion": " " + pun.text} if shape == "any" else completion(pun) for pun in records if pun.is_pun]
     if shape == "any":
         return records
     if shape == "completion":
@@ -471,7 +471,7 @@ def group(texts_of_records, threshold=0.45, rarest=16):
     weight = {word: math.log((len(sets) + 1) / n) for word, n in count.items()}
     total, owner = [sum(weight[word] for word in words) for words in sets], list(owners.values())
     holders = collections.defaultdict(list)     # word: the texts before this one that have it among their first
-    for k, words in enumerate(sets):
+    for k, words in enumerate(bar(sets, "twins", len(sets), least=5000)):
         first, rest = [], total[k]
         for word in sorted(words, key=lambda word: (count[word], word)):
             if rest < threshold * total[k] - 1e-9 or len(first) == rarest:
