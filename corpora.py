@@ -112,8 +112,8 @@ def need(where, row, fields):
         raise InputError(f"{where}: not a JSON object")
     for field, kind in fields.items():
         if not isinstance(row.get(field), kind) or isinstance(row[field], bool) and kind is not bool:
-            name = {str: "text", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}.get(kind, "a number")
-            raise InputError(f"{where}: '{field}' " + (f"is not {name}" if field in row else "is missing"))
+            kinds = {str: "text", int: "a whole number", NUMBER: "a number", bool: "true or false", list: "a list", dict: "an object"}
+            raise InputError(f"{where}: '{field}' " + (f"is not {kinds[kind]}" if field in row else "is missing"))
     return row
 
 
@@ -157,7 +157,7 @@ def load_hh(path, sieve):
 
 
 def load_shp(path, sieve):
-    """As the data's card advises: the better comment has at least twice the score of the other, and of a post come at most 5 pairs."""
+    """As its card advises: the better comment has at least twice the score of the other, and of a post come at most 5 pairs."""
     posts = collections.Counter()
     for where, row in read_objects(path, {"post_id": str, "history": str, "human_ref_A": str, "human_ref_B": str, "labels": int,
                                           "score_ratio": NUMBER}):
@@ -194,12 +194,12 @@ def load_openai(path, sieve):
 
 
 TEXTS = ("prompt", "completion", "chosen", "rejected")
-SHAPES = [{"prompt", "completion"}, {"prompt", "completion", "label"}, {"prompt", "completion", "rating"}, {"prompt", "chosen", "rejected"},
-          {"chosen", "rejected"}, {"prompt", "ranked"}, {"prompt"}, {"text"}, {"messages"}]
+SHAPES = [set(shape.split()) for shape in ("prompt completion", "prompt completion label", "prompt completion rating",
+                                           "prompt chosen rejected", "chosen rejected", "prompt ranked", "prompt", "text", "messages")]
 
 
 def load_trl(path, sieve):
-    """All lines of a file have one shape. Beside it stand id, and in pairs margin (by how much) and share (of those asked who agree)."""
+    """All lines of a file have one shape. Beside it stand id, and in pairs margin (by how much) and share (of the raters who agree)."""
     first = None
     for where, row in read_objects(path, {}):
         shape = set(row) - {"id"} - ({"margin", "share"} if "chosen" in row else set())
@@ -291,16 +291,17 @@ def read_gold(path, subtask):
 
 
 def load_expun(path, sieve, semeval=""):
-    """path: expunations_annotated_full.json or ..._pilot_100.json, or a folder with the former. semeval: where the texts are; '' looks
-    for a folder semeval* beside the file or up to two levels above."""
+    """path: expunations_annotated_full.json or ..._pilot_100.json, or a folder with the former. semeval: where the texts are;
+    '' looks for a folder semeval* beside the file or up to two levels above."""
     if path.is_dir():
         found = sorted(path.rglob("expunations_annotated_full.json"))
         if len(found) != 1:
             raise InputError(f"{path}: holds {len(found)} files expunations_annotated_full.json: name the one to read")
         path = found[0]
-    semeval = semeval or next((place for folder in path.absolute().parents[:3] for place in sorted(folder.glob("semeval*")) if place.is_dir()), "")
-    if not semeval or not Path(semeval).exists():
-        raise InputError(f"{path}: has no texts; they are SemEval's, and no folder semeval lies near it (python data.py fetch semeval)")
+    near = [place for folder in path.absolute().parents[:3] for place in sorted(folder.glob("semeval*")) if place.is_dir()]
+    semeval = Path(semeval or [*near, "semeval"][0])
+    if not semeval.exists():
+        raise InputError(f"{path}: has no texts; they are SemEval's, and no {semeval} lies near it (python data.py fetch semeval)")
     puns = {pun.id: pun for pun in load(semeval, "semeval").records}
     rows = parse_json(path, "\n".join(line for _, line in read_lines(path)))
     if not isinstance(rows, list):
@@ -399,7 +400,8 @@ def reshape(records, shape):
             return preferences(records)
         if shape == "rating":
             return [{"prompt": PROMPT, "completion": " " + pun.text, "rating": pun.funniness} for pun in records if pun.ratings]
-        records = [{"prompt": PROMPT, "completion": " " + pun.text} if shape == "any" else completion(pun) for pun in records if pun.is_pun]
+        puns = [pun for pun in records if pun.is_pun]
+        records = [{"prompt": PROMPT, "completion": " " + pun.text} if shape == "any" else completion(pun) for pun in puns]
     if shape == "any":
         return records
     if shape == "completion":
@@ -409,9 +411,10 @@ def reshape(records, shape):
         sides = collections.defaultdict(lambda: ([], []))
         for record in records:
             sides[record["prompt"]][not record["label"]].append(record["completion"])
-        return [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, side in sides.items() for good, bad in zip(*side, strict=False)]
+        return [{"prompt": prompt, "chosen": good, "rejected": bad}
+                for prompt, side in sides.items() for good, bad in zip(*side, strict=False)]
     fields = WANTED[shape] + (("margin", "share") if shape == "preference" else ())
-    return [{name: record[name] for name in fields if name in record} for record in records if all(name in record for name in WANTED[shape])]
+    return [{name: record[name] for name in fields if name in record} for record in records if record.keys() >= set(WANTED[shape])]
 
 
 def read_records(path, shape, tok=None, block_size=0, held_out=0.0):
@@ -498,8 +501,8 @@ def texts_of(record):
 
 
 def split(records, share=0.1, seed=0):
-    """(train, test) of the records, about `share` of them in test, whole groups of near-duplicates only (of more than 20,000 records:
-    whole groups of one text or one long prompt). The groups with the smallest checksums go to test: fixed, and hardly moved by
+    """(train, test) of the records, about `share` of them in test, whole groups of near-duplicates only (of more than
+    20,000 records: whole groups of one text or one long prompt). The groups with the smallest checksums go to test: fixed, and hardly moved by
     records that are added."""
     texts = [texts_of(record) for record in records]
     numbers = group(texts) if len(records) <= 20_000 else [text[-1] for text in texts]
@@ -518,7 +521,8 @@ def split(records, share=0.1, seed=0):
 # -----------------------------------------------------------------------------
 # the command line
 
-def show(path: tyro.conf.Positional[Path], format: str = "", semeval: str = "", n: int = 3, block_size: int = 0, tokenizer: str = "puns"):
+def show(path: tyro.conf.Positional[Path], format: str = "", semeval: str = "", n: int = 3, block_size: int = 0,
+         tokenizer: str = "puns"):
     """What a loader makes of a file or folder: counts, lengths, duplicates, what it dropped and why, the first n records.
     format: if it is not recognized. semeval: where ExPUNations' texts are. block_size: drop what has more tokens of `tokenizer`."""
     import data  # here, because data.py loads through this file
@@ -550,7 +554,8 @@ def show(path: tyro.conf.Positional[Path], format: str = "", semeval: str = "", 
               f"the largest of {max(sizes, default=0)}")
     else:
         print("near-duplicates are looked for among 20,000 records at most")
-    for (kind, is_pun), count in sorted(collections.Counter((record.kind, record.is_pun) for record in records if isinstance(record, Pun)).items()):
+    kinds = collections.Counter((record.kind, record.is_pun) for record in records if isinstance(record, Pun))
+    for (kind, is_pun), count in sorted(kinds.items()):
         print(f"  {count} {kind} {'puns' if is_pun else 'non-puns'}")
     for row in rows[:n]:
         print("\n" + "\n".join(

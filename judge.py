@@ -1,17 +1,17 @@
 """
-Judged by a language model: which of two puns is funnier, asked over any OpenAI-compatible endpoint (vLLM, llama.cpp, ollama, a paid one).
+Judged by a language model: which of two puns is better, over any OpenAI-compatible endpoint (vLLM, llama.cpp, ollama, a paid one).
 
     1. each policy and the SFT model answer the same prompts
     2. every pair is asked in both orders, since judges prefer a place: a policy's point is 1 for a win, 1/2 for a tie, mean of both
-    3. win rate = mean over the pairs, with Wilson's 95 % interval; beside it how the judge itself behaves: ties, how often it says the
-       same in both orders, how often the text shown first wins (50 % is fair)
+    3. win rate = mean over the pairs, with Wilson's 95 % interval; beside it how the judge itself behaves: ties, how often it says
+       the same in both orders, how often the text shown first wins (50 % is fair)
 
-    python evaluate.py judge --url http://localhost:8000/v1 --model NAME                        every policy in runs/ against runs/sft
-    python evaluate.py judge --url ... --model ... --sources runs/ppo/ckpt.pt runs/dpo/ckpt.pt  these two; or two files of texts
+    python evaluate.py judge --url http://localhost:8000/v1 --model NAME       every policy in runs/ against runs/sft
+    python evaluate.py judge --url ... --model ... --sources A.pt B.pt         these two; or two files of texts
 
 The key comes from the environment, WORDPLAY_API_KEY or OPENAI_API_KEY, and is written nowhere. Every answer is at once kept in
 runs/judge.jsonl: a stopped run loses nothing, and what was asked before is not asked again. Only the standard library speaks HTTP
-here: one kind of request is not worth a dependency, and the retries have to cover what no library's do, an answer that is no verdict.
+here: one kind of request is not worth a dependency, and the retries have to cover an answer that is no verdict, too.
 """
 
 import concurrent.futures
@@ -42,8 +42,8 @@ Text 1: {first}
 
 Text 2: {second}
 
-Which one is the better pun: a phrase that makes sense twice, in good English, and funny? Answer with nothing but 1, 2, or = if you cannot
-tell them apart."""
+Which one is the better pun: a phrase that makes sense twice, in good English, and funny? Answer with nothing but 1, 2, or = if
+you cannot tell them apart."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -56,12 +56,13 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def verdict(text):
     """'1', '2' or '=' from what the judge wrote, '' if that is none. What a model thinks aloud before it answers does not count."""
     lines = re.sub(r"(?s)^.*</think>", "", text).strip().splitlines() or [""]
-    found = re.fullmatch(r"(?i)\W*(?:(?:the )?(?:final )?(?:answer|verdict|text|winner)\b(?: is)?[\s:*]*(?:text )?)?(1|2|=|tie)[\s.*\"'`)\]]*", lines[-1])
+    found = re.fullmatch(r"(?i)\W*(?:(?:the )?(?:final )?(?:answer|verdict|text|winner)\b(?: is)?[\s:*]*(?:text )?)?(1|2|=|tie)[\s.*\"'`)\]]*",
+                         lines[-1])
     return found[1].lower().replace("tie", "=") if found else ""
 
 
 def wait_of(error, attempt, wait):
-    """Seconds to wait before the next attempt: what the server asks for, as seconds or a date, else wait 2^attempt; at most a minute."""
+    """Seconds to wait before the next attempt: what the server asks for, as seconds or a date, else wait 2^attempt; a minute at most."""
     asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
     try:
         seconds = float(asked)
@@ -144,22 +145,22 @@ class Judge:
 # the table
 
 def wilson(p, n, z=1.96):
-    """(low, high) of Wilson's 95 % interval of a rate p of n trials. A tie counts half: then it is a little too wide, never too narrow."""
+    """(low, high) of Wilson's 95 % interval of a rate p of n trials; with ties, which count half, a little too wide, never too narrow."""
     middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return middle - half, middle + half
 
 
 def summarize(name, verdicts):
-    """A row from [(verdict on a shown first, verdict on b shown first)], '1', '2', '=' each, or '' for none, which leaves the pair out."""
+    """A row from [(verdict with a shown first, verdict with b shown first)], each '1', '2', '=', or '' which leaves the pair out."""
     both = [pair for pair in verdicts if all(pair)]
     if not both:
-        raise InputError(f"{name}: the judge gave no verdict on any of {len(verdicts)} pairs, only other text: see runs/judge.jsonl")
+        raise InputError(f"{name}: the judge gave no verdict on any of {len(verdicts)} pairs, only other text, see judge.jsonl")
     point = {"1": 1.0, "=": 0.5, "2": 0.0}                     # of the text that was shown first
     wins = [(point[first] + 1 - point[second]) / 2 for first, second in both]
-    shown = [point[v] for pair in both for v in pair]
+    shown, agreeing = [point[v] for pair in both for v in pair], {("1", "2"), ("2", "1"), ("=", "=")}
     low, high = wilson(sum(wins) / len(wins), len(wins))
     return {"policies": name, "pairs": len(both), "win": sum(wins) / len(wins), "low": low, "high": high,
-            "ties": shown.count(0.5) / len(shown), "consistent": sum(pair in (("1", "2"), ("2", "1"), ("=", "=")) for pair in both) / len(both),
+            "ties": shown.count(0.5) / len(shown), "consistent": sum(pair in agreeing for pair in both) / len(both),
             "first": sum(shown) / len(shown), "no_verdict": len(verdicts) - len(both)}
 
 
@@ -172,15 +173,15 @@ def format_row(row):
             f"{100 * row['first']:>18.1f}" + f"   ({row['no_verdict']} pairs without a verdict)" * bool(row["no_verdict"]))
 
 
-def judge(url: str, model: str, sources: tuple[str, ...] = (), reference: str = "runs/sft/ckpt.pt", out_dir: str = "runs", n: int = 100,
-          data: str = "", seed: int = 0, workers: int = 4, timeout: float = 60.0):
+def judge(url: str, model: str, sources: tuple[str, ...] = (), reference: str = "runs/sft/ckpt.pt", out_dir: str = "runs",
+          n: int = 100, data: str = "", seed: int = 0, workers: int = 4, timeout: float = 60.0):
     """Win rates by a language model's judgement. sources: two checkpoints or two files; none: every policy in out_dir against the
     reference. n: pairs a policy, each asked twice. data: a file of prompts for the checkpoints. workers: requests at a time."""
     judged = Judge(url, model, Path(out_dir) / "judge.jsonl", workers, timeout=timeout)
     if len(sources) not in (0, 2):
         raise InputError("--sources names two checkpoints or two files, or nothing for all policies against the reference")
-    folders = [path.parent for path in sorted(Path(out_dir).glob("*/ckpt.pt")) if path.parent.name not in ("sft", "reward_model", "discriminator")]
-    matches = [sources] if sources else [(str(folder / "ckpt.pt"), reference) for folder in folders]
+    policies = [path for path in sorted(Path(out_dir).glob("*/ckpt.pt")) if path.parent.name not in ("sft", "reward_model", "discriminator")]
+    matches = [sources] if sources else [(str(path), reference) for path in policies]
     if not matches:
         raise InputError(f"{out_dir}: no policy's ckpt.pt in there; name two --sources")
     print(HEADER)

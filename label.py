@@ -44,16 +44,16 @@ def texts_of_file(path, rng):
     """{prompt: its texts, shuffled} of a file of completions, comparisons or plain lines."""
     texts = collections.defaultdict(list)
     for record in read_records(path, "any"):
-        texts[record["prompt"]] += [record[field] for field in ("completion", "chosen", "rejected") if field in record] + record.get("ranked", [])
+        texts[record["prompt"]] += record.get("ranked", []) + [record[name] for name in ("completion", "chosen", "rejected") if name in record]
     return {prompt: rng.sample(answers, len(answers)) for prompt, answers in texts.items()}
 
 
 def pairs(a, b="", seed=0, data=""):
-    """Yields (prompt, text of a, text of b), without end for checkpoints. a, b: two checkpoints or two files; b '': both texts are of a.
-    data: a file of prompts for checkpoints; '' asks for what the pun world is about. Two equal texts are no pair."""
+    """Yields (prompt, text of a, text of b), without end for checkpoints. a, b: two checkpoints or two files; b '': both texts are
+    of a. data: a file of prompts for checkpoints; '' asks for what the pun world is about. Two equal texts are no pair."""
     rng, checkpoints = random.Random(seed), {str(path).endswith(".pt") for path in (a, b or a)}
     if checkpoints == {True}:
-        known = [record["prompt"] for record in read_records(data, "prompt")] if data else [world().prompt(thing) for thing in world().things]
+        known = [record["prompt"] for record in read_records(data, "prompt")] if data else list(world().by_prompt)
         rng.shuffle(known)
         first, second = (completions(path, itertools.cycle(known), 2 * seed + i) for i, path in enumerate((a, b or a)))
         found = ((prompt, x, y) for (prompt, x), (_, y) in zip(first, second, strict=True))
@@ -112,7 +112,7 @@ class Labeling:
             self.question = None
             return
         prompt, x, y = key = self.key(*pair)
-        swap = zlib.crc32(repr(key).encode(errors="replace")) % 2 != len(asked.get(key, ()))      # by chance at first, then the other way
+        swap = zlib.crc32(repr(key).encode(errors="replace")) % 2 != len(asked.get(key, ()))      # by chance first, then swapped
         self.question = (prompt, y, x) if swap else (prompt, x, y)
 
     def answer(self, what):
@@ -149,10 +149,10 @@ class Labeling:
 # -----------------------------------------------------------------------------
 # terminal and notebook
 
-def label(sources: tyro.conf.Positional[tuple[str, ...]] = ("runs/sft/ckpt.pt",), out: str = "mine.jsonl", n: int = 150, data: str = "",
-          seed: int = 0):
+def label(sources: tyro.conf.Positional[tuple[str, ...]] = ("runs/sft/ckpt.pt",), out: str = "mine.jsonl", n: int = 150,
+          data: str = "", seed: int = 0):
     """Asks which of two texts is funnier. sources: one or two checkpoints, or one or two files of texts. out: JSONL of the answers.
-    n: how many answers to ask for; 150 take twenty minutes. data: a file of prompts for the checkpoints instead of the pun world's."""
+    n: how many answers to ask for; 150 take twenty minutes. data: a file of prompts for the checkpoints."""
     if len(sources) > 2:
         raise InputError("name one or two checkpoints, or one or two files")
     labeling = Labeling(pairs(*sources, seed=seed, data=data), out, n)
@@ -180,7 +180,7 @@ def widget(a="runs/sft/ckpt.pt", b="", out="mine.jsonl", n=150, **options):
     def show(what=""):
         labeling.answer(what)
         prompt, first, second = map(html.escape, labeling.question or ("That is all.", "", ""))
-        text.value = f"<b>{prompt}</b><p>1 &nbsp; {first}</p><p>2 &nbsp; {second}</p><small>{html.escape(labeling.status())}</small>"
+        text.value = f"<b>{prompt}</b><p>1 &nbsp; {first}<p>2 &nbsp; {second}<p><small>{html.escape(labeling.status())}</small>"
         progress.value = len(labeling.rows)
 
     buttons = []

@@ -125,12 +125,14 @@ def sound_alikes(puns):
 
 
 def evaluate(puns, known, test, lm, device=""):
-    """{metric: AUC} of the heterographic puns of `test` against its non-puns. Co-occurrence is counted in the texts of `known`, and lm
-    is a checkpoint that was trained on these alone.
+    """{metric: AUC} of the heterographic puns of `test` against its non-puns. Co-occurrence is counted in the texts of `known`, and
+    lm is a checkpoint that was trained on these alone.
 
     No one has marked a word in a text that is no pun. So in every text, pun or not, the last word is taken that sounds like another
     one by what is marked in *other* texts of `puns`; texts without such a word are left out."""
-    from common import setup  # here, so that the formulas above need no torch
+    import torch  # here, so that the formulas above need none of this
+
+    from common import setup
     from data import encode_records
     from model import load_model, logprobs
     from realpuns import PROMPT
@@ -141,11 +143,13 @@ def evaluate(puns, known, test, lm, device=""):
     p, p_given = cooccurrence([pun.text for pun in known])
 
     def logprob(text):
-        record = encode_records([{"prompt": PROMPT, "completion": " " + text}], model.tokenizer, ["prompt", "completion"], model.config.block_size)
-        with autocast():
-            return logprobs(model, record["prompt"].long().to(device), record["completion"].long().to(device))[0, :-1].sum().item()      # but its end
+        records = [{"prompt": PROMPT, "completion": " " + text}]
+        ids = encode_records(records, model.tokenizer, ["prompt", "completion"], model.config.block_size)
+        with torch.no_grad(), autocast():                               # of all tokens but the end
+            return logprobs(model, ids["prompt"].long().to(device), ids["completion"].long().to(device))[0, :-1].sum().item()
 
-    columns = {name: {True: [], False: []} for name in ("ambiguity", "distinctiveness", "local surprise", "global surprise", "surprise ratio")}
+    names = "ambiguity", "distinctiveness", "local surprise", "global surprise", "surprise ratio"
+    columns = {name: {True: [], False: []} for name in names}
     for pun in test:
         words = re.findall(r"\w+(?:'\w+)?", pun.text)
         marked = [(i, sorted(other for other, owner in alike[word.lower()] if owner != pun.id and other != word.lower()))

@@ -5,8 +5,8 @@ A reward model of people's taste, from scratch: split -> pretrain -> train -> re
     2. sft.py: a language model reads the training texts, mixed with the pun world's
     3. reward_model.py: comparisons of the training texts only (realpuns.preferences): which of two the same five raters found
        funnier, with the share of raters as a soft label; puns over non-puns of their length; puns over their twins
-    4. all of it on held-out texts, for three seeds, each with a split of its own; beside it what is to be beaten: linear models over
-       word and character n-grams, and "the longer one"
+    4. all of it on held-out texts, for three seeds, each with a split of its own; beside it what is to be beaten: linear models
+       over word and character n-grams, and "the longer one"
 
     python data.py fetch semeval; python data.py fetch expun
     python people.py                                             runs/people/report.md, report.json, calibration.png
@@ -76,8 +76,8 @@ def train(stage, **options):
 
 
 def scores_of(config, folder, seed, puns, texts):
-    """Pretrains and trains on the puns; -> the scores of the texts (N,), whose differences are log odds, the language model's path, and
-    the comparisons."""
+    """Pretrains and trains on the puns; -> the scores of the texts (N,), whose differences are log odds, the language model's path,
+    and the comparisons."""
     rng = random.Random(seed)
     read = [{"prompt": PROMPT, "completion": " " + pun.text} for pun in puns]
     corpus = read * config.copies + world().corpus(config.world_texts, seed) * bool(config.world_texts)
@@ -86,14 +86,15 @@ def scores_of(config, folder, seed, puns, texts):
     texts_file = write_jsonl(folder / "texts.jsonl", corpus)
     for member in range(config.members):
         own = dict(seed=10 * seed + member, device=config.device, eval_interval=10**6, batch_size=config.batch_size)
-        lm = train(sft, data=texts_file, out_dir=str(folder / f"sft{member}"), n_embd=config.n_embd, n_head=config.n_embd // 32, block_size=160,
-                   dropout=config.dropout, lr=config.lr, max_steps=config.sft_steps, **own)
+        lm = train(sft, data=texts_file, out_dir=str(folder / f"sft{member}"), n_embd=config.n_embd, n_head=config.n_embd // 32,
+                   block_size=160, dropout=config.dropout, lr=config.lr, max_steps=config.sft_steps, **own)
         pairs = preferences(puns, config.comparisons, own["seed"])
         pairs_file = write_jsonl(folder / f"pairs{member}.jsonl", pairs)
         scorer = load_model(train(reward_model, data=pairs_file, init=lm, out_dir=str(folder / f"reward_model{member}"),
                                   max_steps=config.steps, lr=config.reward_lr, **own))
         device, autocast = setup(reward_model.Config(seed, config.device))
-        scores = score_texts(scorer.to(device), tokenizer(scorer.tokenizer), [PROMPT] * len(texts), [" " + text for text in texts], autocast)
+        answers = [" " + text for text in texts]
+        scores = score_texts(scorer.to(device), tokenizer(scorer.tokenizer), [PROMPT] * len(texts), answers, autocast)
         total = total + (scores - scorer.shift.cpu()) / scorer.gain.cpu()       # as before normalize(): differences are log odds
     return total / config.members, lm, pairs
 
@@ -109,16 +110,17 @@ def grams(text, size=2**18):
 
 
 def linear(texts, others, loss_of, l2, size=2**18):
-    """Scores of other texts by a linear model over tf-idf of n-grams, of those that two texts have at least. loss_of(scores (N,)) is its
-    loss on the texts, summed, beside l2 / 2 |weights|^2: logistic or ridge regression, or Bradley-Terry."""
+    """Scores of other texts by a linear model over tf-idf of n-grams, of those that two texts have at least. loss_of(scores (N,)) is
+    its loss on the texts, summed, beside l2 / 2 |weights|^2: logistic or ridge regression, or Bradley-Terry."""
     sets = [sorted(grams(text, size)) for text in texts]
     count = torch.bincount(torch.tensor([gram for found in sets for gram in found]), minlength=size)
     idf = torch.where(count > 1, torch.log((len(sets) + 1) / (count + 1)) + 1, 0.0)
 
     def matrix(sets):        # (N, size), rows of length 1
-        rows, columns = torch.tensor([i for i, found in enumerate(sets) for _ in found]), torch.tensor([gram for found in sets for gram in found])
+        rows, columns = torch.tensor([(i, gram) for i, found in enumerate(sets) for gram in found]).T
         norm = torch.zeros(len(sets)).index_add_(0, rows, idf[columns] ** 2).sqrt().clamp(min=1e-9)
-        return torch.sparse_coo_tensor(torch.stack([rows, columns]), idf[columns] / norm[rows], (len(sets), size), check_invariants=True).coalesce()
+        values = idf[columns] / norm[rows]
+        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (len(sets), size), check_invariants=True).coalesce()
 
     x, weights = matrix(sets), torch.zeros(size + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
@@ -134,8 +136,8 @@ def linear(texts, others, loss_of, l2, size=2**18):
 
 
 def yardsticks(known, others, z, pairs):
-    """{name: scores of the other texts (N,)} by what is to be beaten: a specialist for each task, and one linear model that learned the
-    same comparisons as the reward model."""
+    """{name: scores of the other texts (N,)} by what is to be beaten: a specialist for each task, and one linear model that learned
+    the same comparisons as the reward model."""
     texts, full = [pun.text for pun in known], [pun for pun in known if pun.part == "full"]
     is_pun, ratings = torch.tensor([float(pun.is_pun) for pun in known]), torch.tensor([z[pun.id] for pun in full])
     both = list(dict.fromkeys(pair[side] for pair in pairs for side in ("chosen", "rejected")))
@@ -159,8 +161,8 @@ def standardised(puns):
         for rater, rating in zip(pun.raters, pun.ratings, strict=True):
             by_rater.setdefault(rater, []).append(rating)
     scale = {rater: torch.std_mean(torch.tensor(ratings, dtype=torch.float), correction=0) for rater, ratings in by_rater.items()}
-    return {pun.id: sum(float((rating - scale[rater][1]) / scale[rater][0]) for rater, rating in zip(pun.raters, pun.ratings, strict=True))
-            / len(pun.ratings) for pun in puns if pun.ratings}
+    return {pun.id: sum(float((rating - scale[rater][1]) / scale[rater][0].clamp(min=1e-6))
+                        for rater, rating in zip(pun.raters, pun.ratings, strict=True)) / len(pun.ratings) for pun in puns}
 
 
 def measures(puns, score, z):
@@ -176,7 +178,7 @@ def measures(puns, score, z):
         pairs = list(pairs)
         return sum((score[a] > score[b]) + (score[a] == score[b]) / 2 for a, b in pairs) / max(len(pairs), 1)
 
-    row = {"AUC, pun or not": metrics.auc([score[pun.text] for pun in puns if pun.is_pun], [score[pun.text] for pun in puns if not pun.is_pun]),
+    row = {"AUC, pun or not": metrics.auc(*([score[pun.text] for pun in puns if pun.is_pun == wanted] for wanted in (True, False))),
            "AUC, as many words": right((a.text, b.text) for a, b in detection_pairs(puns, 0)),
            "pun over twin": right((pun.text, depun(pun)) for pun in puns if depun(pun) not in ("", pun.text))}
     rated = [pun for pun in puns if pun.part == "full"]
@@ -188,20 +190,21 @@ def measures(puns, score, z):
     columns = [torch.tensor([float(value(pun)) for pun in rated]) for value in (
         lambda pun: score[pun.text], lambda pun: pun.funniness, lambda pun: z[pun.id], n_words)]
     row["Spearman, mean rating"], row["Spearman, standardised raters"] = spearman(*columns[:2]), spearman(columns[0], columns[2])
-    row["Spearman, mean rating, length fixed"] = partial(columns[0], columns[1], columns[3]) if columns[0].ne(columns[3]).any() else 0.0
+    by_length = bool((columns[0] == columns[3]).all())       # the longer one's score
+    row["Spearman, mean rating, length fixed"] = 0.0 if by_length else partial(columns[0], columns[1], columns[3])
     return row
 
 
 def draw_calibration(points, path):
     """How often a pair's order is right against how sure the model was, ten bins; points: [(probability of its verdict, right)]."""
-    points = sorted(points)
+    points = sorted(points, key=lambda point: point[0])
     bins = [points[len(points) * i // 10:len(points) * (i + 1) // 10] for i in range(10)]
     x, y = ([sum(point[k] for point in part) / len(part) for part in bins if part] for k in (0, 1))
     figure = Figure(figsize=(4.4, 4.2), layout="constrained")
     axis = figure.subplots()
     axis.plot([0.5, 1], [0.5, 1], "--", color="gray", linewidth=1, label="calibrated")
     axis.plot(x, y, marker="o", label="rated pairs, held out")
-    axis.set(xlabel="how sure the reward model is", ylabel="how often it is right", title="pairs of the same raters, margin 0.4 or more")
+    axis.set(xlabel="how sure the reward model is", ylabel="how often it is right", title="pairs of the same raters, margin 0.4 on")
     axis.legend()
     axis.grid(alpha=0.25)
     with replacing(path) as temporary:
@@ -243,7 +246,8 @@ def write_report(config, tables, ece, pun_metrics, folder):
               "Pun metrics without a judge, AUC of puns against non-puns (heterographic):", ""]
     lines += [f"- {name}: {cell(pun_metrics, name)}" for name in pun_metrics[0]]
     with replacing(folder / "report.json") as path:
-        path.write_text(json.dumps({"config": dataclasses.asdict(config), "tables": tables, "ece": ece, "metrics": pun_metrics}, indent=1) + "\n")
+        report = {"config": dataclasses.asdict(config), "tables": tables, "ece": ece, "metrics": pun_metrics}
+        path.write_text(json.dumps(report, indent=1) + "\n")
     with replacing(folder / "report.md") as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines[2:]) + f"\n\n{folder}/report.md")

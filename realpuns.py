@@ -115,12 +115,12 @@ PROMPT = "A pun:"    # of a text that comes without a prompt
 
 def completion(pun):
     """Asks for this pun by its word: `A pun on knead (need):`, or `A pun on interest:` where only the one word is known."""
-    return {"prompt": f"A pun on {pun.pun_word}" + (f" ({pun.alt_word})" if pun.alt_word else "") + ":", "completion": " " + pun.text}
+    return {"prompt": f"A pun on {pun.pun_word}" + f" ({pun.alt_word})" * bool(pun.alt_word) + ":", "completion": " " + pun.text}
 
 
 def preferences(puns, n=20_000, seed=0, min_margin=0.4):
-    """About n comparisons of texts, all under one prompt: half of them from raters, if there are any; puns over non-puns, and a tenth
-    of puns over their twins. They carry margin and share for the reward model's loss."""
+    """About n comparisons of texts, all under one prompt: half of them from raters, if there are any; two fifths of puns over
+    non-puns, a tenth of puns over their twins. They carry margin and share for the reward model's loss."""
     rng = random.Random(seed)
     sources = [(0.5, [(a.text, b.text, margin, share) for a, b, margin, share in rated_pairs(puns, min_margin)]),
                (0.4, [(a.text, b.text, 1.0, 1.0) for a, b in detection_pairs(puns)]),

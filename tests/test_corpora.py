@@ -539,7 +539,7 @@ def test_split_by_long_prompts():
 
 def write_expun(folder, n=40):
     """SemEval's and ExPUNations' files of n puns and n / 2 others of our own, the latter beside the former."""
-    HET[3:] = [(f"het_{i}", f"My {w} number{i} thing{i} likes to knead dough{i} .", 5, "knead%2:35:00:: need%2:42:00::")
+    HET[3:] = [(f"het_{i}", f"My {w} number{i} thing{i} likes to knead dough{i} .", 6, "knead%2:35:00:: need%2:42:00::")
                for i, w in enumerate(["cat", "dog"] * (n // 2))]
     HET.extend((f"het_{n + i}", f"My plain sentence{i} about nothing{i} has no{i} such word{i} .", None, None) for i in range(n // 2))
     semeval = write_semeval(folder / "semeval")
