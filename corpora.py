@@ -430,7 +430,10 @@ def read_records(path, shape, tok=None, block_size=0, held_out=0.0):
         raise InputError(f"{path}: no records of {' + '.join(WANTED[shape])}; it has {has}")
     if block_size and corpus.format in ("semeval", "expun"):      # their prompts are made here
         fits = Sieve(True, block_size, tok.encode).fits
-        parts = [[record for record in part if fits(*(record[name] for name in TEXTS if name in record))] for part in parts]
+        kept = [[record for record in part if fits(*(record[name] for name in TEXTS if name in record))] for part in parts]
+        if too_long := sum(map(len, parts)) - sum(map(len, kept)):
+            print(f"{path}: dropped {too_long} of {sum(map(len, parts))} records: with their prompt longer than the block of {block_size} tokens")
+        parts = kept
     if shape == "ranking" and len({len(record["ranked"]) for part in parts for record in part}) > 1:
         raise InputError(f"{path}: all records must rank equally many completions")
     if held_out and not all(parts):                               # too few groups of near-duplicates to part them

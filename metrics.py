@@ -164,4 +164,5 @@ def evaluate(puns, known, test, lm, device=""):
         for column, value in zip(columns.values(), values, strict=True):
             column[pun.is_pun].append(value)
     n = {is_pun: len(columns["ambiguity"][is_pun]) for is_pun in (True, False)}
-    return {name: auc(column[True], column[False]) for name, column in columns.items()} | {"puns": n[True], "non-puns": n[False]}
+    found = {name: auc(column[True], column[False]) if all(n.values()) else math.nan for name, column in columns.items()}
+    return found | {"puns": n[True], "non-puns": n[False]}

@@ -235,7 +235,7 @@ def main(config):
 
 def write_report(config, tables, ece, pun_metrics, folder):
     def cell(rows, name):
-        values = torch.tensor([row[name] for row in rows])
+        values = torch.tensor([float(row[name]) for row in rows])
         return f"{values.mean():.3f} ± {values.std(correction=1 if len(values) > 1 else 0):.3f}"
     names = list(next(iter(tables.values()))[0])
     lines = [f"Held-out groups, mean ± standard deviation over {len(config.seeds)} seeds, each with a split of its own "

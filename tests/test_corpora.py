@@ -541,7 +541,7 @@ def write_expun(folder, n=40):
     """SemEval's and ExPUNations' files of n puns and n / 2 others of our own, the latter beside the former."""
     HET[3:] = [(f"het_{i}", f"My {w} number{i} thing{i} likes to knead dough{i} .", 6, "knead%2:35:00:: need%2:42:00::")
                for i, w in enumerate(["cat", "dog"] * (n // 2))]
-    HET.extend((f"het_{n + i}", f"My plain sentence{i} about nothing{i} has no{i} such word{i} .", None, None) for i in range(n // 2))
+    HET.extend((f"het_{n + i}", f"My plain sentence{i} about nothing{i} has no need of word{i} .", None, None) for i in range(n // 2))
     semeval = write_semeval(folder / "semeval")
     del HET[3:]
     rows = [rating(f"het_{i}", [i % 5, (i + 1) % 5, 1, 0, i % 3]) for i in range(n)]
@@ -561,12 +561,12 @@ def test_puns_become_what_a_stage_takes(tmp_path, capsys):
         assert {pair["prompt"] for pair in pairs} == {"A pun:"} and found >= kinds
     known, test = read_records(expun, "preference", held_out=0.2)
     assert not {pair["chosen"] for pair in known} & {pair[side] for pair in test for side in ("chosen", "rejected")} and len(test) > 9
-    shape = "completion", tokenizer("puns"), 40
-    assert len(read_records(semeval, *shape)) < 44                               # what does not fit is left out, and so for ...
-    assert "dropped" not in capsys.readouterr().out
+    shape = "completion", tokenizer("puns"), 20
+    assert len(read_records(semeval, *shape)) < 44                               # what does not fit is left out and counted ...
+    assert "records: with their prompt longer than the block of 20 tokens" in capsys.readouterr().out
     jsonl(tmp_path / "hh.jsonl", *[{"chosen": dialogue("hi", "Hello" + " there" * i), "rejected": dialogue("hi", "Hey")} for i in range(60)])
-    assert len(read_records(tmp_path / "hh.jsonl", *shape)) < 40                 # ... others, and counted
-    assert "records: longer than the block of 40 tokens" in capsys.readouterr().out
+    assert len(read_records(tmp_path / "hh.jsonl", *shape)) < 40                 # ... for all public formats
+    assert "records: longer than the block of 20 tokens" in capsys.readouterr().out
 
 
 def test_other_shapes_by_hand(tmp_path):
