@@ -1,7 +1,8 @@
 """
 Stage 2a, the reward model: from comparisons by people to one number for each text.
 
-    1. start from the SFT model: it knows the language; put a scalar head on the state that has read the end token
+    1. start from the SFT model: it knows the language; put a scalar head on the state that has read the end token, and let the
+       text's own log-prob count (model.py's Scorer says why)
     2. take a batch of prompts, each with K completions ranked by people, best first (K = 2: chosen and rejected)
     3. Bradley-Terry: P(a beats b) = sigmoid(r_a - r_b); loss = -logsigmoid(r_a - r_b), mean over all K (K - 1) / 2 pairs
     4. optimizer step; measure accuracy and calibration on held-out comparisons
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Muon, Options, Run, optimizer_step, run, sampler, set_lr, setup
+from common import InputError, Options, Run, adamw, optimizer_step, run, sampler, set_lr, setup
 from data import Batches, encode_records, generate, read_records, tokenizer
 from label import label
 from model import Scorer, load_model, save_model
@@ -39,13 +40,14 @@ class Config(Options):
     loss: str = "pairwise"      # pairwise, ranking (of K) or regression (on ratings)
     margin: float = 0.0         # weight of a record's margin in the loss; 0 ignores it
     centering: float = 0.0      # weight of a pull of each pair's mean score towards zero
+    likelihood: float = 0.3     # how much a text's log-prob counts in its score at the start (it is learned); 0: not at all
     batch_size: int = 64        # records; each has K texts
-    max_steps: int = 1000
-    lr: float = 5e-3
+    max_steps: int = 500
+    lr: float = 4e-4
     warmup_steps: int = 50
     weight_decay: float = 0.01
     grad_clip: float = 1.0
-    eval_interval: int = 250
+    eval_interval: int = 100
     log_interval: int = 20
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
 
@@ -135,7 +137,7 @@ def train(config):
     device, autocast = setup(config)
     model = load_model(config.init, device)
     name, tok = model.tokenizer, tokenizer(model.tokenizer)
-    scorer = Scorer(model).to(device)
+    scorer = Scorer(model, config.likelihood).to(device)
     sets, fields = [], None
     *records, fields = load_comparisons(config, tok, model.config.block_size - 1)
     for part in records:
@@ -150,7 +152,7 @@ def train(config):
           f"{len(records[0])} records of {len(fields)} texts, {device}")
 
     scorer.train()
-    optimizer = Muon(scorer, config.lr, config.weight_decay)
+    optimizer = adamw(scorer, config.lr, config.weight_decay)
     forward = torch.compile(score_all, dynamic=True) if config.compile else score_all
     progress = Run("reward_model", config, config.max_steps)
     for step in progress.steps(config.eval_interval, scorer=scorer, optimizer=optimizer, batches=batches):
