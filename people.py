@@ -55,7 +55,8 @@ class Config:
     n_embd: int = 128
     dropout: float = 0.1
     lr: float = 5e-3
-    reward_lr: float = 3e-3
+    reward_lr: float = 4e-4
+    likelihood: float = 0.0                 # see reward_model.py
     device: str = ""
 
 
@@ -91,7 +92,7 @@ def scores_of(config, folder, seed, puns, texts):
         pairs = preferences(puns, config.comparisons, own["seed"])
         pairs_file = write_jsonl(folder / f"pairs{member}.jsonl", pairs)
         scorer = load_model(train(reward_model, data=pairs_file, init=lm, out_dir=str(folder / f"reward_model{member}"),
-                                  max_steps=config.steps, lr=config.reward_lr, **own))
+                                  max_steps=config.steps, lr=config.reward_lr, likelihood=config.likelihood, **own))
         device, autocast = setup(reward_model.Config(seed, config.device))
         answers = [" " + text for text in texts]
         scores = score_texts(scorer.to(device), tokenizer(scorer.tokenizer), [PROMPT] * len(texts), answers, autocast)

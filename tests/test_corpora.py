@@ -483,6 +483,7 @@ def test_group_finds_twins_and_no_template():
     ]
     assert corpora.group([[text] for text in texts]) == [0, 0, 2, 3, 2, 5]
     assert corpora.group([]) == [] and corpora.group([[""], ["a"]]) == [0, 1]
+    assert corpora.group([["a b"], ["c d"], ["a b"], ["e f", "c d"]]) == [0, 1, 0, 1]  # the same text in two records
 
 
 def test_prefix_filter_misses_nothing():
