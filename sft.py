@@ -28,7 +28,7 @@ from puns import world
 @dataclass(slots=True)
 class Config(Options):
     out_dir: str = "runs/sft"
-    data: str = ""              # JSONL of prompt and completion; '' is the pun world
+    data: str = ""              # a file of texts (formats: corpora.py); '' is the pun world
     corpus_size: int = 512_000  # how many records of the pun world to write
     init: str = ""              # checkpoint to start from; '' starts from random weights
     tokenizer: str = "puns"     # puns or gpt2; a checkpoint has its own
@@ -80,9 +80,7 @@ def train(config):
             dropout=config.dropout)).to(device)
     tok = tokenizer(name)
     if config.data:
-        records = read_records(config.data, "completion")
-        held_out = max(1, min(len(records) // 10, 1000))
-        records, val_records = records[:-held_out], records[-held_out:]
+        records, val_records = read_records(config.data, "completion", tok, model.config.block_size, held_out=0.1)
     else:
         records, val_records = (world().corpus(n, seed) for n, seed in ((config.corpus_size, config.seed), (2000, config.seed + 1)))
     where = config.data or "the pun world"

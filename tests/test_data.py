@@ -96,7 +96,7 @@ GOOD = {"completion": {"prompt": "p", "completion": " c"}, "preference": {"promp
         "prompt": {"prompt": "p"}}
 
 
-@pytest.mark.parametrize("shape, more", [*((shape, {}) for shape in data.SHAPES), ("preference", {"margin": 2})])
+@pytest.mark.parametrize("shape, more", [*((shape, {}) for shape in GOOD), ("preference", {"margin": 2, "share": 0.5})])
 def test_good_records_are_read_as_they_are(tmp_path, shape, more):
     path = tmp_path / "good.jsonl"
     path.write_text("\n" + (json.dumps(GOOD[shape] | more) + "\r\n") * 2 + "\n", encoding="utf-8")
@@ -107,23 +107,24 @@ def test_good_records_are_read_as_they_are(tmp_path, shape, more):
     ("completion", b'{"prompt": "p", "completion": " c"', "delimiter"),                       # cut off: JSON's own words
     ("completion", b'not json', "Expecting value"),
     ("completion", b'["p", "c"]', "not a JSON object"),
+    ("preference", b'{"prompt": "p", "chosen": " a", "rejected": " b", "share": 0.4}', "'share' is from .5 (a tie) to 1"),
     ("completion", b'{"prompt": "p", "completion": "\xff\xfe"}', "not UTF-8"),
-    ("completion", b'{"prompt": "p"}', "'completion' is missing"),
-    ("completion", b'{"prompt": "", "completion": " c"}', "'prompt' is missing, empty"),
-    ("completion", b'{"prompt": "p", "completion": "  "}', "'completion' is missing, empty"),
-    ("completion", b'{"prompt": "p", "completion": 7}', "'completion' is missing, empty or of the wrong type"),
+    ("completion", b'{"prompt": "p"}', "this line has prompt, the file began with completion + prompt"),
+    ("completion", b'{"prompt": "", "completion": " c"}', "the prompt is empty"),
+    ("completion", b'{"prompt": "p", "completion": "  "}', "an answer is empty"),
+    ("completion", b'{"prompt": "p", "completion": 7}', "'completion' is not text"),
     ("completion", b'{"prompt": "p", "completion": null}', "'completion'"),
-    ("completion", b'{"prompt": "p", "completion": " c", "label": 1}', "unknown field 'label'"),
+    ("completion", b'{"prompt": "p", "completion": " c", "label": 1}', "this line has completion + label + prompt"),
     ("preference", b'{"prompt": "p", "chosen": " a", "rejected": " a"}', "chosen and rejected are the same"),
-    ("preference", b'{"prompt": "p", "chosen": " a"}', "'rejected' is missing"),
+    ("preference", b'{"prompt": "p", "chosen": " a"}', "chosen + prompt is no shape of a record"),
     ("preference", b'{"prompt": "p", "chosen": " a", "rejected": " b", "margin": "big"}', "'margin' is not a number"),
     ("ranking", b'{"prompt": "p", "ranked": [" a"]}', "'ranked'"),
-    ("ranking", b'{"prompt": "p", "ranked": [" a", " b", " a"]}', "the same text"),
+    ("ranking", b'{"prompt": "p", "ranked": [" a", " b", " a"]}', "two of the ranked answers are the same text"),
     ("ranking", b'{"prompt": "p", "ranked": [" a", 3, " b"]}', "'ranked'"),
-    ("rating", b'{"prompt": "p", "completion": " c", "rating": "5"}', "'rating' is missing or not a number"),
-    ("rating", b'{"prompt": "p", "completion": " c", "rating": NaN}', "'rating' is missing or not a number"),
-    ("rating", b'{"prompt": "p", "completion": " c", "rating": true}', "'rating' is missing or not a number"),
-    ("prompt", b'{"prompt": "p", "completion": " c"}', "unknown field 'completion'"),
+    ("rating", b'{"prompt": "p", "completion": " c", "rating": "5"}', "'rating' is not a number"),
+    ("rating", b'{"prompt": "p", "completion": " c", "rating": NaN}', "not JSON: "),
+    ("rating", b'{"prompt": "p", "completion": " c", "rating": true}', "'rating' is not a number"),
+    ("prompt", b'{"prompt": "p", "completion": " c"}', "this line has completion + prompt, the file began with prompt"),
 ])
 def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, shape, line, reason):
     path = tmp_path / "bad.jsonl"
