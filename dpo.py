@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Options, Run, adamw, optimizer_step, run, sampler, set_lr, setup
+from common import InputError, Options, Run, adamw, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
 from model import load_model, logprobs, save_model
 from puns import world
@@ -80,7 +80,7 @@ def log_odds(p):
 
 def kto(p, k):
     """1 - sigmoid of how far the chosen is above z, and the rejected below: https://arxiv.org/abs/2402.01306, Eq. 7."""
-    z = p.z.mean().clamp(min=0).detach()
+    z = all_mean(p.z.mean()).clamp(min=0).detach()
     return 0.5 * (1 - torch.sigmoid(k.beta * (p.c - p.ref_c - z)) + 1 - torch.sigmoid(k.beta * (z - p.r + p.ref_r)))
 
 
@@ -157,7 +157,7 @@ def train(config):
     for step in progress.steps(config.eval_interval, policy=policy, optimizer=optimizer, batches=batches, generator=generator):
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
         with autocast():
-            pair = forward(policy, reference, batches.next(), config.loss == "kto")
+            pair = forward(policy, reference, shard(batches.next()), config.loss == "kto")
         loss = LOSSES[config.loss](pair, config).mean()
         norm = optimizer_step(loss, policy, optimizer, config.grad_clip)
         last = step + 1 == config.max_steps

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import InputError, Options, Run, adamw, optimizer_step, run, sampler, set_lr, setup
+from common import InputError, Options, Run, adamw, all_mean, gather, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, describe, encode_records, rates, read_records, show, tokenizer
 from model import load_model, logprobs, save_model
 from puns import world
@@ -62,7 +62,8 @@ class Config(Options):
 # arithmetic: all (B, R) with a bool mask (B, R), True on real tokens
 
 def masked_mean(x, mask):
-    return (x * mask).sum() / mask.sum()
+    """The mean over the real tokens of all processes, as each one's share of it (common.py)."""
+    return (x * mask).sum() / all_mean(mask.sum())
 
 
 def whiten(x, mask, shift_mean=True):
@@ -169,11 +170,12 @@ def make_rollout(policy, value_head, reference, score_fn, prompt, config, genera
     size, as in the update, so that the ratio starts at exactly 1."""
     response, sampled_logp = policy.generate(prompt, config.max_new_tokens, config.temperature, generator=generator)
     mask = response != policy.pad_id                                         # (B, R)
-    pieces = list(zip(prompt.split(config.minibatch_size), response.split(config.minibatch_size), strict=True))
+    share, size = (shard(prompt), shard(response)), len(shard(prompt[:config.minibatch_size]))
+    pieces = list(zip(*(x.split(size) for x in share), strict=True))
     logp, values = (torch.cat(x) for x in zip(*(actor_critic(policy, value_head, *piece, config.temperature) for piece in pieces),
                                               strict=True))
     ref_logp = torch.cat([logprobs(reference, *piece, config.temperature) for piece in pieces])
-    score = score_fn(prompt, response)
+    logp, values, ref_logp, score = (gather(x, len(prompt)) for x in (logp, values, ref_logp, score_fn(*share)))
     ended = (response == policy.config.end_id).any(dim=1)
     if score.dim() == 1:
         score = score - config.end_penalty * ~ended
@@ -195,13 +197,14 @@ def auxiliary_phase(policy, value_head, optimizer, rollouts, config, autocast):
     old = copy.deepcopy(policy)
     for _ in range(config.ppg_epochs):
         for rollout, returns in rollouts:
+            prompt, response, mask = shard(rollout.prompt), shard(rollout.response), shard(rollout.mask)
             with autocast():
-                hidden = policy.hidden(rollout.prompt, rollout.response)
+                hidden = policy.hidden(prompt, response)
                 values, logp = value_head(hidden).squeeze(-1).float(), policy.head(hidden).float().log_softmax(-1)
                 with torch.no_grad():
-                    old_logp = old.logits(rollout.prompt, rollout.response).float().log_softmax(-1)             # (B, R, V)
-            clone = masked_mean((old_logp.exp() * (old_logp - logp)).sum(-1), rollout.mask)
-            loss = clone + 0.5 * masked_mean((values - returns) ** 2, rollout.mask)
+                    old_logp = old.logits(prompt, response).float().log_softmax(-1)                             # (B, R, V)
+            clone = masked_mean((old_logp.exp() * (old_logp - logp)).sum(-1), mask)
+            loss = clone + 0.5 * masked_mean((values - shard(returns)) ** 2, mask)
             optimizer_step(loss, nn.ModuleList([policy, value_head]), optimizer, config.grad_clip)
     return loss.item()
 
@@ -213,7 +216,7 @@ def update(policy, value_head, optimizer, rollout, advantages, returns, config, 
         advantages = whiten(advantages, rollout.mask)
     infos, both = [], nn.ModuleList([policy, value_head])
     for _ in range(config.ppo_epochs):
-        for rows in torch.randperm(len(rollout.prompt)).split(config.minibatch_size):
+        for rows in map(shard, torch.randperm(len(rollout.prompt)).split(config.minibatch_size)):
             prompt, response, mask = rollout.prompt[rows], rollout.response[rows], rollout.mask[rows]
             with autocast():
                 logp, values = actor_critic(policy, value_head, prompt, response, config.temperature, detach)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Muon, Options, Run, optimizer_step, run, sampler, set_lr, setup
+from common import InputError, Muon, Options, Run, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, generate, read_records, tokenizer
 from model import Scorer, load_model, save_model
 from puns import world
@@ -150,7 +150,7 @@ def train(config):
     progress = Run("reward_model", config, config.max_steps)
     for step in progress.steps(config.eval_interval, scorer=scorer, optimizer=optimizer, batches=batches):
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
-        batch = batches.next()
+        batch = shard(batches.next())
         with autocast():
             scores = forward(scorer, batch, fields)                            # (B, K)
         if config.loss == "regression":

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from common import Muon, Options, Run, optimizer_step, run, sampler, set_lr, setup
+from common import Muon, Options, Run, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
 from model import ModelConfig, build_model, load_model, logprobs, save_model
 from puns import world
@@ -53,7 +53,7 @@ def loss_of(model, batch):
     """Mean cross-entropy of the completion's tokens. Returns (loss, nats of each completion (B,))."""
     logp = logprobs(model, batch["prompt"], batch["completion"])               # (B, R), 0 on pads
     mask = batch["completion"] != model.pad_id                                 # (B, R)
-    return -logp.sum() / mask.sum(), -logp.sum(dim=1)
+    return -logp.sum() / all_mean(mask.sum()), -logp.sum(dim=1)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def train(config):
     for step in progress.steps(config.eval_interval, model=model, optimizer=optimizer, batches=batches, generator=generator):
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
         with autocast():
-            loss, nats = forward(model, batches.next())
+            loss, nats = forward(model, shard(batches.next()))
         norm = optimizer_step(loss, model, optimizer, config.grad_clip)
         last = step + 1 == config.max_steps
         if step % config.log_interval == 0 or last:
