@@ -25,7 +25,7 @@ import math
 from pathlib import Path
 
 import regex
-import tiktoken.load
+import tiktoken
 import torch
 import tyro
 
@@ -48,7 +48,8 @@ class Tokenizer:
         a folder, or a name on the hub such as google/flan-t5-small."""
         self.name = name
         if name == "puns":
-            ranks = tiktoken.load.load_tiktoken_bpe(str(RANKS))
+            # not tiktoken's own loader: it keeps a copy elsewhere and would not see the file change
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, RANKS.read_text().splitlines())}
             self.encoding = tiktoken.Encoding("puns", pat_str=PATTERN, mergeable_ranks=ranks,
                                               special_tokens={"<|end|>": len(ranks)})
             self.end_id = len(ranks)

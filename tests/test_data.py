@@ -1,5 +1,6 @@
 """Tokenizer, records, batches."""
 
+import base64
 import json
 import random
 
@@ -8,6 +9,7 @@ import regex
 import torch
 from conftest import END, PAD, ids, off, toy
 
+import data
 from common import InputError
 from data import (
     PATTERN,
@@ -69,6 +71,15 @@ def test_one_text_has_few_tokens(tok):
 def test_unknown_tokenizer():
     with pytest.raises(InputError, match="--tokenizer is puns or gpt2, not 'nope'|nope"):
         tokenizer("nope")
+
+
+def test_rebuilt_ranks_are_seen(tmp_path, monkeypatch):
+    """tiktoken's own loader keeps a copy of each path it read, and would go on with the old ranks."""
+    monkeypatch.setattr(data, "RANKS", tmp_path / "puns.tiktoken")
+    for merge in (b"ab", b"ba"):
+        lines = [base64.b64encode(token).decode() for token in [bytes([i]) for i in range(256)] + [merge]]
+        data.RANKS.write_text("".join(f"{line} {rank}\n" for rank, line in enumerate(lines)))
+        assert data.Tokenizer("puns").encode(merge.decode()) == [256]
 
 
 def test_bpe_by_hand():
