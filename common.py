@@ -51,6 +51,14 @@ class Options:
     device: str = ""            # cuda, mps or cpu; '' takes the best that is there
     dtype: str = ""             # float32 or bfloat16 (autocast, weights stay float32); '' is bfloat16 where the hardware has it
 
+
+@dataclasses.dataclass
+class TrainOptions(Options):
+    """What of a language model learns, and how: see lora.prepare()."""
+    lora: int = 0               # train adapters of this rank alone (lora.py); 0 trains the weights themselves
+    trainable: str = "all"      # all weights, or last:k, those of the last k blocks
+    checkpointing: bool = False     # compute activations again in the backward pass: less memory, more time, same numbers
+
 # -----------------------------------------------------------------------------
 # several processes: torchrun --nproc_per_node=2 sft.py
 #

@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Options, Run, adamw, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
+from common import InputError, Run, TrainOptions, adamw, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
-from model import load_model, logprobs, save_model
+from lora import Adapted, prepare, save
+from model import load_model, logprobs
 from puns import world
 
 
 @dataclass(slots=True)
-class Config(Options):
+class Config(TrainOptions):
     out_dir: str = "runs/dpo"
     init: str = "runs/sft/ckpt.pt"  # the policy to start from, and the reference
     data: str = ""              # JSONL of prompt, chosen, rejected; '' is the pun world
@@ -136,8 +137,9 @@ def train(config):
     if config.loss not in LOSSES:
         raise InputError(f"--loss is one of {', '.join(LOSSES)}, not '{config.loss}'")
     device, autocast = setup(config)
-    policy, reference = load_model(config.init, device), load_model(config.init, device)     # both in eval mode: no dropout
-    reference.requires_grad_(False)
+    policy = load_model(config.init, device)                         # in eval mode, like the reference: no dropout
+    prepare(policy, config, "policy")
+    reference = Adapted(policy, None) if config.lora else load_model(config.init, device).requires_grad_(False)
     tok = tokenizer(policy.tokenizer)
     if config.data:
         records = read_records(config.data, "preference")
@@ -170,7 +172,7 @@ def train(config):
             progress.log(**held_out, **rates(rows))
             progress.write(show(rows))
 
-    save_model(progress.dir / "ckpt.pt", policy, tokenizer=tok.name, stage="dpo")
+    save(progress.dir / "ckpt.pt", policy, tokenizer=tok.name, stage="dpo")
     progress.finish()
 
 

@@ -19,14 +19,15 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from common import Muon, Options, Run, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
+from common import Muon, Run, TrainOptions, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
-from model import ModelConfig, build_model, load_model, logprobs, save_model
+from lora import prepare, save
+from model import ModelConfig, build_model, load_model, logprobs
 from puns import world
 
 
 @dataclass(slots=True)
-class Config(Options):
+class Config(TrainOptions):
     out_dir: str = "runs/sft"
     data: str = ""              # JSONL of prompt and completion; '' is the pun world
     corpus_size: int = 400_000  # how many records of the pun world to write
@@ -91,6 +92,7 @@ def train(config):
     print(f"sft: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(records)} records, {device}{floor}")
 
     # -- training
+    prepare(model, config, "sft")
     model.train()
     optimizer, generator = Muon(model, config.lr, config.weight_decay), sampler(device, config.seed)
     forward = torch.compile(loss_of, dynamic=True) if config.compile else loss_of
@@ -108,7 +110,7 @@ def train(config):
             progress.log(val_nats=evaluate(model, val, autocast), **rates(rows))
             progress.write(show(rows))
 
-    save_model(progress.dir / "ckpt.pt", model, tokenizer=name, stage="sft")
+    save(progress.dir / "ckpt.pt", model, tokenizer=name, stage="sft")
     progress.finish()
 
 

@@ -88,7 +88,10 @@ def test_two_processes_are_one(runs, name):
     a, b = (torch.load(folder / name / "ckpt.pt", weights_only=True)["model"] for folder in (one, two))
     start = load_model(one / "sft" / "ckpt.pt").state_dict()
     for key in a:
-        torch.testing.assert_close(b[key], a[key], rtol=0, atol=2e-4)
+        if key in ("gain", "shift"):        # one over how much the scores of this nearly untrained model differ
+            assert b[key] == pytest.approx(a[key], rel=1e-2)
+        else:
+            torch.testing.assert_close(b[key], a[key], rtol=0, atol=2e-4)
     assert name in ("sft", "reward_model", "discriminator") or any((a[key] - start[key]).abs().max() > 1e-4 for key in a)
 
 
