@@ -182,10 +182,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for p in group["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)
-            direction = orthogonalize(p.grad + group["momentum"] * momentum)                    # Nesterov
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-0.067 * max(p.shape) ** 0.5 * group["lr"])
+        for shape in {p.shape: None for p in self.matrices}:      # those of one shape at once
+            params = [p for p in self.matrices if p.shape == shape]
+            for p in params:
+                self.state[p].setdefault("momentum", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)
+            steps = orthogonalize(torch.stack([p.grad + group["momentum"] * self.state[p]["momentum"] for p in params]))   # Nesterov
+            for p, step in zip(params, steps, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-0.067 * max(shape) ** 0.5 * group["lr"])
         self.adamw.step()
 
     def state_dict(self):
@@ -198,14 +201,16 @@ class Muon(torch.optim.Optimizer):
         self.param_groups[1:] = self.adamw.param_groups
 
 
-def orthogonalize(matrix, steps=5):
-    """About the nearest matrix with all singular values near 1: Newton-Schulz, X <- aX + (bA + cA A) X with A = X X^T."""
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16)
+def orthogonalize(matrices, steps=5):
+    """About the nearest matrices with all singular values near 1, by Newton-Schulz: X <- aX + (bA + cA A) X with A = X X^T. (N, rows, columns)"""
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16)
     for _ in range(steps):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
-    return (x.T if matrix.size(0) > matrix.size(1) else x).to(matrix.dtype)
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def set_lr(optimizer, lr, step, max_steps, warmup_steps=0):

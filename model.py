@@ -532,14 +532,18 @@ def logprobs(model, prompt, response, temperature=1.0, top_k=0, top_p=1.0, hidde
 # heads
 
 class Scorer(nn.Module):
-    """A language model with a scalar head: as a reward model scorer(prompt, response) -> (B,), as a critic values() -> (B, R)."""
+    """A language model with a scalar head on the state that has read a text: scorer(prompt, response) -> (B,), a reward model.
 
-    def __init__(self, model):
+    With a likelihood, the text's log-prob under that same language model counts too, with a weight that is learned. A linear head cannot
+    compare what was foreseen with what came; the model's own logits do, and so tell broken text from good at once (DPO's view of a reward)."""
+
+    def __init__(self, model, likelihood=0.0):
         super().__init__()
         self.model, self.config = model, model.config
         self.scalar = nn.Linear(model.config.n_embd, 1)
         nn.init.normal_(self.scalar.weight, std=1 / math.sqrt(model.config.n_embd + 1))
         nn.init.zeros_(self.scalar.bias)
+        self.likelihood = nn.Parameter(torch.tensor(float(likelihood))) if likelihood else None
         self.register_buffer("gain", torch.tensor(1.0))    # score = gain * raw + shift, set by normalize()
         self.register_buffer("shift", torch.tensor(0.0))
 
@@ -548,8 +552,10 @@ class Scorer(nn.Module):
         # one more pad, so that there is a state behind the last token: state t has read response[:, :t]
         x = self.model.hidden(prompt, F.pad(response, (0, 1), value=self.model.pad_id))      # (B, R + 1, C)
         last = (response != self.model.pad_id).sum(dim=1)                                     # (B,)
-        x = x[torch.arange(len(x), device=x.device), last]                                    # (B, C)
-        return self.gain * self.scalar(x).squeeze(-1).float() + self.shift
+        raw = self.scalar(x[torch.arange(len(x), device=x.device), last]).squeeze(-1).float() # (B,)
+        if self.likelihood is not None:
+            raw = raw + self.likelihood * logprobs(self.model, prompt, response, hidden=x[:, :-1]).sum(dim=1)
+        return self.gain * raw + self.shift
 
     @torch.no_grad()
     def normalize(self, scores):
@@ -581,7 +587,7 @@ def load_model(path, device="cpu"):
     saved = torch.load(path, map_location="cpu", weights_only=True)
     model = build_model(ModelConfig(**saved["config"]))
     if saved["scorer"]:
-        model = Scorer(model)
+        model = Scorer(model, saved["model"].get("likelihood", 0))
     model.load_state_dict(saved["model"])
     model.tokenizer = saved.get("tokenizer", "")
     return model.to(device).eval()

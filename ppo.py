@@ -259,7 +259,8 @@ def load_reward_adapter(policy, config):
     if not path.exists():
         raise InputError(f"{path} is not there: with --lora the reward model is an adapter on the policy's trunk; "
                          f"make it with: python reward_model.py --lora {config.lora} --init {config.init}")
-    scorer = Scorer(policy).to(next(policy.parameters()).device)
+    likelihood = torch.load(path, map_location="cpu", weights_only=True)["weights"].get("likelihood", 0)
+    scorer = Scorer(policy, likelihood).to(next(policy.parameters()).device)
     return Adapted(scorer, load_adapter(path, scorer))
 
 

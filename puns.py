@@ -36,7 +36,7 @@ MIX = {"pun": 0.30, "mismatch": 0.35, "literal": 0.35}   # what the SFT corpus i
 HELD_OUT = 0.15                                          # share of the pun pairs (X, Y) that no training set contains
 SELF = dict(my="myself", your="yourself", his="himself", her="herself", its="itself", our="ourselves", their="themselves")
 VOWEL_BUT_A = re.compile(r"(uni|use|eu|one\b|once\b|ukulele)")    # a unicorn
-CONSONANT_BUT_AN = re.compile(r"(hour|honest|heir|x-ray)")        # an hourglass
+CONSONANT_BUT_AN = re.compile(r"(hour|honest|heir|herb|x-ray)")        # an hourglass
 
 # -----------------------------------------------------------------------------
 # the words

@@ -1,7 +1,8 @@
 """
 Stage 2a, the reward model: from comparisons by people to one number for each text.
 
-    1. start from the SFT model: it knows the language; put a scalar head on the state that has read the end token
+    1. start from the SFT model: it knows the language; put a scalar head on the state that has read the end token, and let the
+       text's own log-prob count (model.py's Scorer says why)
     2. take a batch of prompts, each with K completions ranked by people, best first (K = 2: chosen and rejected)
     3. Bradley-Terry: P(a beats b) = sigmoid(r_a - r_b); loss = -logsigmoid(r_a - r_b), mean over all K (K - 1) / 2 pairs
     4. optimizer step; measure accuracy and calibration on held-out comparisons
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Muon, Run, TrainOptions, optimizer_step, run, sampler, set_lr, setup, shard
+from common import InputError, Run, TrainOptions, adamw, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, generate, read_records, tokenizer
 from lora import prepare, save
 from model import Scorer, load_model
@@ -38,13 +39,14 @@ class Config(TrainOptions):
     loss: str = "pairwise"      # pairwise, ranking (of K) or regression (on ratings)
     margin: float = 0.0         # weight of a record's margin in the loss; 0 ignores it
     centering: float = 0.0      # weight of a pull of each pair's mean score towards zero
+    likelihood: float = 0.3     # how much a text's log-prob counts in its score at the start (it is learned); 0: not at all
     batch_size: int = 64        # records; each has K texts
-    max_steps: int = 1000
-    lr: float = 5e-3
+    max_steps: int = 500
+    lr: float = 4e-4
     warmup_steps: int = 50
     weight_decay: float = 0.01
     grad_clip: float = 1.0
-    eval_interval: int = 250
+    eval_interval: int = 100
     log_interval: int = 20
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
 
@@ -131,7 +133,7 @@ def train(config):
     device, autocast = setup(config)
     model = load_model(config.init, device)
     name, tok = model.tokenizer, tokenizer(model.tokenizer)
-    scorer = Scorer(model).to(device)
+    scorer = Scorer(model, config.likelihood).to(device)
     sets, fields = [], None
     *records, fields = load_comparisons(config)
     for part in records:
@@ -147,7 +149,7 @@ def train(config):
 
     prepare(scorer, config, "reward")
     scorer.train()
-    optimizer = Muon(scorer, config.lr, config.weight_decay)
+    optimizer = adamw(scorer, config.lr, config.weight_decay)
     forward = torch.compile(score_all, dynamic=True) if config.compile else score_all
     progress = Run("reward_model", config, config.max_steps)
     for step in progress.steps(config.eval_interval, scorer=scorer, optimizer=optimizer, batches=batches):

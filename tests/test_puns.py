@@ -108,7 +108,7 @@ def test_novel_is_a_held_out_pair():
 
 @pytest.mark.parametrize("name, expected", [
     ("banker", "a banker"), ("actor", "an actor"), ("unicorn", "a unicorn"), ("used car", "a used car"), ("ukulele", "a ukulele"),
-    ("one-man band", "a one-man band"), ("European", "a European"), ("hourglass", "an hourglass"), ("heir", "an heir"),
+    ("one-man band", "a one-man band"), ("European", "a European"), ("hourglass", "an hourglass"), ("heir", "an heir"), ("herb grower", "an herb grower"),
     ("honest man", "an honest man"), ("x-ray", "an x-ray"), ("umpire", "an umpire"), ("undertaker", "an undertaker"), ("owl", "an owl")])
 def test_articles(name, expected):
     slots = Thing("t", "person", name, name + "s").slots()
