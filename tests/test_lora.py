@@ -1,5 +1,7 @@
 """Adapters on one trunk: what they may change, and what never."""
 
+import json
+
 import pytest
 import torch
 from conftest import CPU
@@ -140,7 +142,12 @@ def test_a_view_is_the_model_with_that_adapter(model):
 
 
 def small(module, folder, init, **changes):
-    fields = module.Config.__dataclass_fields__
+    """The Config of a stage for a few tiny steps, on data of its own where it takes records: a small held-out part is measured quickly."""
+    fields, data = module.Config.__dataclass_fields__, folder.parent / f"{module.__name__}.jsonl"
+    texts = {"sft": dict(completion=" I lost it."), "dpo": dict(chosen=" yes", rejected=" no")}.get(module.__name__)
+    if texts:
+        data.write_text((json.dumps({"prompt": "About a banker:"} | texts) + "\n") * 20)
+        changes = changes | dict(data=str(data))
     sizes = dict(out_dir=str(folder), init=init, max_steps=3, batch_size=8, minibatch_size=4, max_new_tokens=6, eval_interval=3, log_interval=1,
                  corpus_size=60, warmup_steps=1, **CPU) | changes
     return module.Config(**{name: value for name, value in sizes.items() if name in fields})
@@ -192,11 +199,11 @@ def test_only_the_adapter_is_in_the_optimizer(sft_ckpt, tmp_path):
 
 
 def test_a_rewarded_token_becomes_likelier(sft_ckpt, tmp_path):
-    """PPO with adapters learns what PPO learns: how many e's, a reward of our own."""
-    ppo.train(small(ppo, tmp_path, sft_ckpt, batch_size=64, minibatch_size=32, max_steps=12, max_new_tokens=8, lr=3e-2, end_penalty=0.0, kl_coef=0.01,
-                    lora=4), lambda prompts, texts: [text.count("e") / 4 for text in texts])
+    """PPO with adapters learns a reward of our own: how many words begin with a."""
+    ppo.train(small(ppo, tmp_path, sft_ckpt, batch_size=64, minibatch_size=32, max_steps=12, max_new_tokens=8, lr=1e-2, end_penalty=0.0, kl_coef=0.01,
+                    lora=4), lambda prompts, texts: [float(text.count(" a")) for text in texts])
     rows = read_jsonl(tmp_path / "metrics.jsonl")
-    assert rows[-1]["score"] > 1.4 * rows[0]["score"] and rows[-1]["kl"] > 0.1
+    assert sum(row["score"] for row in rows[-4:]) / 4 > 1.3 * rows[0]["score"] and rows[-1]["kl"] > 0.1
 
 
 @pytest.mark.parametrize("module, changes", [(sft, dict(lora=2)), (dpo, dict(lora=2)), (sft, dict(trainable="last:1")), (dpo, dict(trainable="last:1"))])
