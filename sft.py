@@ -19,14 +19,15 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from common import Muon, Options, Run, optimizer_step, run, sampler, set_lr, setup
+from common import Muon, Run, TrainOptions, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
-from model import ModelConfig, build_model, load_model, logprobs, save_model
+from lora import prepare, save
+from model import ModelConfig, build_model, load_model, logprobs
 from puns import world
 
 
 @dataclass(slots=True)
-class Config(Options):
+class Config(TrainOptions):
     out_dir: str = "runs/sft"
     data: str = ""              # a file of texts (formats: corpora.py); '' is the pun world
     corpus_size: int = 512_000  # how many records of the pun world to write
@@ -54,7 +55,7 @@ def loss_of(model, batch):
     """Mean cross-entropy of the completion's tokens. Returns (loss, nats of each completion (B,))."""
     logp = logprobs(model, batch["prompt"], batch["completion"])               # (B, R), 0 on pads
     mask = batch["completion"] != model.pad_id                                 # (B, R)
-    return -logp.sum() / mask.sum(), -logp.sum(dim=1)
+    return -logp.sum() / all_mean(mask.sum()), -logp.sum(dim=1)
 
 
 @torch.no_grad()
@@ -91,6 +92,7 @@ def train(config):
     print(f"sft: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(records)} records, {device}{floor}")
 
     # -- training
+    prepare(model, config, "sft")
     model.train()
     optimizer, generator = Muon(model, config.lr, config.weight_decay), sampler(device, config.seed)
     forward = torch.compile(loss_of, dynamic=True) if config.compile else loss_of
@@ -98,7 +100,7 @@ def train(config):
     for step in progress.steps(config.eval_interval, model=model, optimizer=optimizer, batches=batches, generator=generator):
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
         with autocast():
-            loss, nats = forward(model, batches.next())
+            loss, nats = forward(model, shard(batches.next()))
         norm = optimizer_step(loss, model, optimizer, config.grad_clip)
         last = step + 1 == config.max_steps
         if step % config.log_interval == 0 or last:
@@ -108,7 +110,7 @@ def train(config):
             progress.log(val_nats=evaluate(model, val, autocast), **rates(rows))
             progress.write(show(rows))
 
-    save_model(progress.dir / "ckpt.pt", model, tokenizer=name, stage="sft")
+    save(progress.dir / "ckpt.pt", model, tokenizer=name, stage="sft")
     progress.finish()
 
 
