@@ -105,7 +105,7 @@ def train_bpe(texts, vocab_size):
     return ranks
 
 
-def train_tokenizer(vocab_size: int = 3071, n: int = 50_000):
+def train_tokenizer(vocab_size: int = 4095, n: int = 50_000):
     """Rebuild lexicon/puns.tiktoken on n sentences of the pun world; the end token comes on top of vocab_size."""
     texts = [text for record in world().corpus(n, seed=0) for text in record.values()]
     ranks = train_bpe(texts, vocab_size)
@@ -124,7 +124,9 @@ def encode_records(records, name, fields, block_size, where="the data"):
     if not records:
         raise InputError(f"{where}: no records are left to encode, it needs more of them")
     for field in fields:
-        lists = tok.encoding.encode_ordinary_batch([record[field] for record in records], num_threads=2)
+        texts = dict.fromkeys(record[field] for record in records)       # each text once: prompts come again and again
+        known = {text: tok.encode(text) for text in bar(texts, field, len(texts), least=100_000)}
+        lists = [known[record[field]] for record in records]
         ends = [] if field == "prompt" else [tok.end_id]
         lengths = torch.tensor([len(ids) + len(ends) for ids in lists])
         columns = torch.arange(lengths.max())

@@ -23,28 +23,29 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Options, Run, adamw, optimizer_step, run, sampler, set_lr, setup
+from common import InputError, Run, TrainOptions, adamw, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, generate, read_records, tokenizer
 from label import label
-from model import Scorer, load_model, save_model
+from lora import prepare, save
+from model import Scorer, load_model
 from puns import world
 
 
 @dataclass(slots=True)
-class Config(Options):
+class Config(TrainOptions):
     out_dir: str = "runs/reward_model"
     init: str = "runs/sft/ckpt.pt"  # the language model to start from
     data: str = ""              # a file of comparisons (formats: corpora.py); '' is the pun world
-    corpus_size: int = 80_000   # how many comparisons of the pun world to draw
+    corpus_size: int = 20_000   # how many comparisons of the pun world to draw
     noise: float = 0.0          # share of the pun world's labels that are flipped
     loss: str = "pairwise"      # pairwise, ranking (of K) or regression (on ratings)
     margin: float = 0.0         # weight of a record's margin in the loss; 0 ignores it
     centering: float = 0.0      # weight of a pull of each pair's mean score towards zero
     likelihood: float = 0.3     # how much a text's log-prob counts in its score at the start (it is learned); 0: not at all
     batch_size: int = 64        # records; each has K texts
-    max_steps: int = 500
+    max_steps: int = 300
     lr: float = 4e-4
-    warmup_steps: int = 50
+    warmup_steps: int = 30
     weight_decay: float = 0.01
     grad_clip: float = 1.0
     eval_interval: int = 100
@@ -151,13 +152,14 @@ def train(config):
     print(f"reward_model: {sum(p.numel() for p in scorer.parameters()) / 1e6:.2f} M parameters, "
           f"{len(records[0])} records of {len(fields)} texts, {device}")
 
+    prepare(scorer, config, "reward")
     scorer.train()
     optimizer = adamw(scorer, config.lr, config.weight_decay)
     forward = torch.compile(score_all, dynamic=True) if config.compile else score_all
     progress = Run("reward_model", config, config.max_steps)
     for step in progress.steps(config.eval_interval, scorer=scorer, optimizer=optimizer, batches=batches):
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
-        batch = batches.next()
+        batch = shard(batches.next())
         with autocast():
             scores = forward(scorer, batch, fields)                            # (B, K)
         if config.loss == "regression":
@@ -177,7 +179,7 @@ def train(config):
     with torch.no_grad(), autocast():
         written = generate(load_model(config.init, device), tok, prompts, sampler(device, config.seed), autocast)
         scorer.normalize(torch.cat([scorer(prompt, response) for prompt, response in written]).float().cpu())
-    save_model(progress.dir / "ckpt.pt", scorer, tokenizer=name, stage="reward_model")
+    save(progress.dir / "ckpt.pt", scorer, tokenizer=name, stage="reward_model")
     progress.finish()
 
 
