@@ -23,7 +23,7 @@ WIDTH_palm := --n_embd 180
 WIDTH_t5   := --n_embd 108
 
 ifdef TINY
-  SFT  := --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 --n_layer 1 --n_embd 32 --n_head 2
+  SFT  := --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 --n_layer 1 --n_embd 32 --n_head 2 --n_inner 0
   REWARD := --corpus_size 500 --max_steps 10 --batch_size 8 --eval_interval 5
   DISC := --corpus_size 200 --max_steps 6 --batch_size 8 --eval_interval 3
   PPO  := --max_steps 2 --batch_size 16 --minibatch_size 8 --sample_interval 1
@@ -31,7 +31,7 @@ ifdef TINY
   GAN  := --corpus_size 200 --max_steps 2 --batch_size 16 --minibatch_size 8 --d_batch_size 8 --sample_interval 1
   EVAL := --samples 32 --best_of 2
 else ifeq ($(SIZE),gpu)
-  SFT  := --n_layer 8 --n_embd 512 --n_head 8 --corpus_size 1000000 --batch_size 512 --max_steps 6000 --lr 3e-3 --compile
+  SFT  := --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 --batch_size 512 --max_steps 6000 --lr 3e-3 --compile
   REWARD := --batch_size 256 --max_steps 1000 --lr 2e-3
   DISC := --batch_size 256 --lr 2e-4
   PPO  := --batch_size 1024 --minibatch_size 512 --lr 1e-4

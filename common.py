@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import tyro
 from tqdm import tqdm
 
 
@@ -29,10 +30,16 @@ class InputError(ValueError):
     """Something in the user's input is wrong. The message says what, where, and what to do."""
 
 
-def run(main):
-    """Call main() as a program: bad input is one clear sentence and exit code 2, Ctrl-C is no traceback either."""
+def run(main, **subcommands):
+    """Call main() as a program: bad input is one clear sentence and exit code 2, Ctrl-C is no traceback either.
+
+    subcommands: `python file.py NAME ...` calls the one of that name instead, its arguments are the options."""
     try:
-        main()
+        name = sys.argv[1] if len(sys.argv) > 1 else ""
+        if name in subcommands:
+            tyro.cli(subcommands[name], prog=f"{Path(sys.argv[0]).name} {name}", args=sys.argv[2:])
+        else:
+            main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -142,9 +142,10 @@ def train(config):
     reference = Adapted(policy, None) if config.lora else load_model(config.init, device).requires_grad_(False)
     tok = tokenizer(policy.tokenizer)
     if config.data:
-        records = read_records(config.data, "preference")
-        held_out = max(1, min(len(records) // 10, 1000))
-        records, val_records = records[:-held_out], records[-held_out:]
+        records, val_records = read_records(config.data, "preference", tok, policy.config.block_size, held_out=0.1)
+        ties = sum(record.get("share", 1) == 0.5 for record in records + val_records)
+        records, val_records = ([record for record in part if record.get("share", 1) > 0.5] for part in (records, val_records))
+        print(f"dpo: leaves out {ties} ties" if ties else "", end="\n" * bool(ties))
     else:
         records = world().preferences(config.corpus_size, config.seed, config.noise)
         val_records = world().preferences(1000, config.seed + 1, held_out=True)

@@ -33,9 +33,9 @@ from common import InputError, all_mean, gather, replacing, run, shard
 @dataclass(slots=True)
 class ModelConfig:
     arch: str = "gpt"           # gpt, palm or t5
-    vocab_size: int = 3072      # the pad id is vocab_size itself
-    end_id: int = 3071          # a response ends with this token
-    start_id: int = 3071        # what T5's decoder starts with
+    vocab_size: int = 4096      # the pad id is vocab_size itself
+    end_id: int = 4095          # a response ends with this token
+    start_id: int = 4095        # what T5's decoder starts with
     block_size: int = 64        # longest prompt + response (T5: longest of either)
     n_layer: int = 4            # T5: this many in the encoder and as many in the decoder
     n_head: int = 4

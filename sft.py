@@ -29,21 +29,22 @@ from puns import world
 @dataclass(slots=True)
 class Config(TrainOptions):
     out_dir: str = "runs/sft"
-    data: str = ""              # JSONL of prompt and completion; '' is the pun world
-    corpus_size: int = 400_000  # how many records of the pun world to write
+    data: str = ""              # a file of texts (formats: corpora.py); '' is the pun world
+    corpus_size: int = 512_000  # how many records of the pun world to write
     init: str = ""              # checkpoint to start from; '' starts from random weights
     tokenizer: str = "puns"     # puns or gpt2; a checkpoint has its own
     arch: str = "gpt"           # gpt, palm or t5, and the size below, if it starts from random weights
     n_layer: int = 2
     n_head: int = 6
     n_embd: int = 192
+    n_inner: int = 384          # width of the feed-forward layers; 0 is 4 n_embd
     block_size: int = 48        # longest prompt + completion, in tokens
     dropout: float = 0.0
     batch_size: int = 128
-    max_steps: int = 3600
+    max_steps: int = 4000
     lr: float = 9e-3            # the highest rate; linear warm-up, then linearly down to zero
     warmup_steps: int = 100
-    weight_decay: float = 0.1
+    weight_decay: float = 0.0   # one pass over an endless corpus cannot overfit
     grad_clip: float = 1.0
     eval_interval: int = 500
     log_interval: int = 25
@@ -76,12 +77,11 @@ def train(config):
         name, tok = config.tokenizer, tokenizer(config.tokenizer)
         model = build_model(ModelConfig(
             arch=config.arch, vocab_size=tok.vocab_size, end_id=tok.end_id, start_id=tok.end_id, block_size=config.block_size,
-            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, dropout=config.dropout)).to(device)
+            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_inner=config.n_inner,
+            dropout=config.dropout)).to(device)
     tok = tokenizer(name)
     if config.data:
-        records = read_records(config.data, "completion")
-        held_out = max(1, min(len(records) // 10, 1000))
-        records, val_records = records[:-held_out], records[-held_out:]
+        records, val_records = read_records(config.data, "completion", tok, model.config.block_size, held_out=0.1)
     else:
         records, val_records = (world().corpus(n, seed) for n, seed in ((config.corpus_size, config.seed), (2000, config.seed + 1)))
     where = config.data or "the pun world"

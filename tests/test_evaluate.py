@@ -111,7 +111,7 @@ def runs(tmp_path_factory, sft_ckpt):
     shutil.copy(sft_ckpt, folder / "sft" / "ckpt.pt")
     torch.manual_seed(0)
     save_model(folder / "reward_model" / "ckpt.pt", Scorer(load_model(sft_ckpt)), tokenizer="puns")
-    save_model(folder / "ppo" / "ckpt.pt", toy(vocab_size=3072, end_id=3071, start_id=3071, block_size=48), tokenizer="puns")
+    save_model(folder / "ppo" / "ckpt.pt", toy(vocab_size=4096, end_id=4095, start_id=4095, block_size=48), tokenizer="puns")
     (folder / "ppo" / "metrics.jsonl").write_text('{"step": 1, "pun": 0.1, "kl": 0.5, "score": 0.2}\n')
     config = evaluate.Config(out_dir=str(folder), reference=str(folder / "sft" / "ckpt.pt"), reward=str(folder / "reward_model" / "ckpt.pt"),
                              samples=12, best_of=(2, 4), **CPU)

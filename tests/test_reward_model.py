@@ -32,6 +32,17 @@ def test_bradley_terry_by_hand():
     assert a.item() == pytest.approx((.47408 + math.log(2)) / 2, abs=1e-5)
 
 
+def test_soft_labels_by_hand():
+    """Four of five raters agree: .8 * .20141 + .2 * (.20141 + 1.5) = .50141. A tie is least where both are equal, and pulls them there."""
+    assert gap(1.5, share=0.8) == pytest.approx(.20141 + .2 * 1.5, abs=1e-5)
+    mixed = ranking_loss(torch.tensor([[1.5, 0.0], [1.5, 0.0]]), share=torch.tensor([1.0, 0.5]))
+    assert mixed.item() == pytest.approx((.20141 + .20141 + .75) / 2, abs=1e-5)
+    scores = torch.tensor([[2.0, -1.0]], requires_grad=True)
+    ranking_loss(scores, share=0.5).backward()
+    assert scores.grad[0, 0] > 0 > scores.grad[0, 1]
+    assert gap(0.0, share=0.5) == pytest.approx(math.log(2)) and gap(0.1, share=0.5) > gap(0.0, share=0.5)
+
+
 def test_a_ranking_of_three_is_the_mean_of_its_three_pairs():
     scores = torch.tensor([[1.0, .2, -.5], [0.0, 2.0, .3]])
     pairs = [ranking_loss(scores[:, [i, j]]) for i, j in ((0, 1), (0, 2), (1, 2))]
