@@ -19,9 +19,8 @@ R      ?= runs$(if $(TINY),/tiny,)$(if $(filter gpu,$(SIZE)),/gpu,)
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
-# as many parameters as the default gpt, within 5 %
-WIDTH_palm := --n_embd 180
-WIDTH_t5   := --n_embd 108
+# as many parameters as the default gpt, within 5 %: palm has as many anyway, t5 has an encoder, a decoder and an output layer of its own
+WIDTH_t5 := --n_embd 108 --n_inner 216
 
 ifdef TINY
   SFT  := --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 --n_layer 1 --n_embd 32 --n_head 2 --n_inner 0

@@ -50,7 +50,7 @@ class Config:
     copies: int = 4                         # how often the real ones are read for each time that the pun world's are
     sft_steps: int = 400
     comparisons: int = 20_000
-    steps: int = 400                        # of the reward model
+    steps: int = 250                        # of the reward model; more of them learn the training texts by heart
     batch_size: int = 64                    # texts, and comparisons
     n_embd: int = 128
     dropout: float = 0.1

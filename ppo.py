@@ -45,7 +45,7 @@ class Config(TrainOptions):
     ppo_epochs: int = 4         # passes over each rollout
     max_new_tokens: int = 32
     temperature: float = 1.0    # of sampling, and of every log-prob
-    kl_coef: float = 0.2        # beta: what a nat of distance to the SFT policy costs
+    kl_coef: float = 0.15       # beta: what a nat of distance to the SFT policy costs
     kl_target: float = 0.0      # nats a response; adapts kl_coef to hold this distance; 0 keeps kl_coef fixed
     kl_horizon: int = 10_000    # responses over which it adapts
     end_penalty: float = 1.0    # off the score of a response without an end token

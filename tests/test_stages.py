@@ -113,7 +113,7 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(programs, command,
 
 def test_a_malformed_line_stops_before_any_training(programs):
     code, out, err = programs[f"sft --data {programs['bad']}"]
-    assert code == 2 and err.startswith(f"error: {programs['bad']}:2: 'completion' is missing") and err.count("\n") == 1 and not out
+    assert code == 2 and err.startswith(f"error: {programs['bad']}:2: 'completion' is not text") and err.count("\n") == 1 and not out
 
 
 @pytest.mark.parametrize("command, reason", [("sft --data none.jsonl", "none.jsonl: cannot be read"), ("sft --arch rnn", "--arch is"),
