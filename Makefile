@@ -2,6 +2,7 @@
 # make SIZE=gpu      the larger configuration, about 25 M parameters, for a consumer GPU
 # make TINY=1        the same in a minute, to see that everything runs (what it learns is nothing)
 # make gans          the GAN's other two estimators; then: make -B runs/report.json
+# make compare       gpt, palm and t5 at the same number of parameters, three seeds each: nine times make (hours), then one table
 # make test          ruff and the whole test suite
 # make clean         removes runs/ and nothing else
 # Plain commands do the same: each line below is what you would type, with the paths that are its defaults.
@@ -17,8 +18,12 @@ R      ?= runs$(if $(TINY),/tiny,)$(if $(filter gpu,$(SIZE)),/gpu,)
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
+# as many parameters as the default gpt, within 5 %
+WIDTH_palm := --n_embd 180
+WIDTH_t5   := --n_embd 108
+
 ifdef TINY
-  SFT  := --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 --n_layer 1 --n_embd 32 --n_head 2
+  SFT  := --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 --n_layer 1 --n_embd 32 --n_head 2 --n_inner 0
   REWARD := --corpus_size 500 --max_steps 10 --batch_size 8 --eval_interval 5
   DISC := --corpus_size 200 --max_steps 6 --batch_size 8 --eval_interval 3
   PPO  := --max_steps 2 --batch_size 16 --minibatch_size 8 --sample_interval 1
@@ -26,16 +31,18 @@ ifdef TINY
   GAN  := --corpus_size 200 --max_steps 2 --batch_size 16 --minibatch_size 8 --d_batch_size 8 --sample_interval 1
   EVAL := --samples 32 --best_of 2
 else ifeq ($(SIZE),gpu)
-  SFT  := --n_layer 8 --n_embd 512 --n_head 8 --corpus_size 1000000 --batch_size 512 --max_steps 6000 --lr 3e-3 --compile
+  SFT  := --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 --batch_size 512 --max_steps 6000 --lr 3e-3 --compile
   REWARD := --batch_size 256 --max_steps 1000 --lr 2e-3
   DISC := --batch_size 256 --lr 2e-4
   PPO  := --batch_size 1024 --minibatch_size 512 --lr 1e-4
   DPO  := --batch_size 256 --lr 1e-4
   GAN  := --batch_size 1024 --minibatch_size 512 --d_batch_size 256 --lr 1e-4
   EVAL := --samples 10000
+else
+  SFT  := $(WIDTH_$(ARCH))
 endif
 
-.PHONY: all gans test ruff clean
+.PHONY: all gans compare test ruff clean
 all: $R/report.json
 
 $R/sft/ckpt.pt: | .venv/ready
@@ -57,6 +64,13 @@ $R/report.json: $R/ppo/ckpt.pt $R/dpo/ckpt.pt $R/gan/ckpt.pt
 $R/gan_%/ckpt.pt: $R/sft/ckpt.pt $R/discriminator/ckpt.pt
 	$(PY) gan.py --seed $(SEED) --estimator $* --out_dir $R/gan_$* --init $R/sft/ckpt.pt --disc $R/discriminator/ckpt.pt $(GAN)
 gans: $R/gan_gumbel/ckpt.pt $R/gan_hidden/ckpt.pt
+
+# architectures side by side: a whole run in $R/compare/<arch>-<seed> each
+RUNS := $(foreach arch,gpt palm t5,$(foreach seed,1337 1338 1339,$R/compare/$(arch)-$(seed)/report.json))
+$(RUNS): | .venv/ready
+	$(MAKE) R=$(@D) $(join ARCH= SEED=,$(subst -, ,$(notdir $(@D))))
+compare: $(RUNS)
+	$(PY) compare.py $R/compare
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

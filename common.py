@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import tyro
 from tqdm import tqdm
 
 
@@ -28,16 +30,25 @@ class InputError(ValueError):
     """Something in the user's input is wrong. The message says what, where, and what to do."""
 
 
-def run(main):
-    """Call main() as a program: bad input is one clear sentence and exit code 2, Ctrl-C is no traceback either."""
+def run(main, **subcommands):
+    """Call main() as a program: bad input is one clear sentence and exit code 2, Ctrl-C is no traceback either.
+
+    subcommands: `python file.py NAME ...` calls the one of that name instead, its arguments are the options."""
     try:
-        main()
+        name = sys.argv[1] if len(sys.argv) > 1 else ""
+        if name in subcommands:
+            tyro.cli(subcommands[name], prog=f"{Path(sys.argv[0]).name} {name}", args=sys.argv[2:])
+        else:
+            main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last saved state", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if world_size() > 1:
+            dist.destroy_process_group()
 
 
 @dataclasses.dataclass
@@ -46,6 +57,81 @@ class Options:
     seed: int = 1337            # of everything random
     device: str = ""            # cuda, mps or cpu; '' takes the best that is there
     dtype: str = ""             # float32 or bfloat16 (autocast, weights stay float32); '' is bfloat16 where the hardware has it
+
+
+@dataclasses.dataclass
+class TrainOptions(Options):
+    """What of a language model learns, and how: see lora.prepare()."""
+    lora: int = 0               # train adapters of this rank alone (lora.py); 0 trains the weights themselves
+    trainable: str = "all"      # all weights, or last:k, those of the last k blocks
+    checkpointing: bool = False     # compute activations again in the backward pass: less memory, more time, same numbers
+
+# -----------------------------------------------------------------------------
+# several processes: torchrun --nproc_per_node=2 sft.py
+#
+# All ranks start from the same weights, draw the same batches and the same noise, and so hold the same numbers; only what is expensive is
+# dealt out: each rank computes the loss of its rows of a batch, and samples and scores its rows of a rollout. The curves are those of one
+# process with the same --batch_size (dropout aside). Only rank 0 prints and writes.
+#
+# There is no DistributedDataParallel around the model: it hooks into forward() alone, and a model here is entered by hidden(), head() and
+# generate(). Averaging the gradients after the backward pass is one line, and costs what DDP would hide: it does not overlap with that pass.
+
+def world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def join_processes(device):
+    """Meets the other processes that torchrun started, if it did. Returns the device of this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node is the number of GPUs, and this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group()       # nccl for tensors on a GPU, gloo for those on the CPU
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def shard(x, even=True):
+    """This rank's rows of a tensor or of a batch {field: tensor}: every n-th. even: equally many on each rank, as a mean of means needs."""
+    if isinstance(x, dict):
+        return {field: shard(rows, even) for field, rows in x.items()}
+    if even and len(x) % world_size():
+        raise InputError(f"a batch of {len(x)} cannot be dealt out to {world_size()} processes: choose a multiple")
+    return x[rank()::world_size()]
+
+
+def gather(rows, n):
+    """The n rows of all ranks, in the order that they were in before shard()."""
+    if world_size() == 1:
+        return rows
+    together = rows.new_zeros(n, *rows.shape[1:])
+    together[rank()::world_size()] = rows
+    dist.all_reduce(together)
+    return together
+
+
+def all_mean(x):
+    """The mean of a tensor over the ranks. A sum over all rows by a count over all rows is all_mean(sum / all_mean(count))."""
+    if world_size() == 1:
+        return x
+    x = x.detach().clone() if x.is_floating_point() else x.float()
+    dist.all_reduce(x)
+    return x / world_size()
+
+
+def average_gradients(model):
+    if world_size() > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        nn.utils.vector_to_parameters(all_mean(nn.utils.parameters_to_vector(gradients)), gradients)      # all in one message
 
 # -----------------------------------------------------------------------------
 # device, seed, optimizer, schedule
@@ -62,7 +148,7 @@ def pick_device(name=""):
 def setup(config):
     """Seeds torch and returns (device, autocast): `with autocast():` computes in the dtype that the config asks for."""
     torch.manual_seed(config.seed)
-    device = pick_device(config.device)
+    device = join_processes(pick_device(config.device))
     if config.dtype not in ("", "float32", "bfloat16"):
         raise InputError(f"--dtype is float32 or bfloat16, not '{config.dtype}'")
     has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
@@ -103,10 +189,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for p in group["params"]:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)
-            direction = orthogonalize(p.grad + group["momentum"] * momentum)                    # Nesterov
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-0.067 * max(p.shape) ** 0.5 * group["lr"])
+        for shape in {p.shape: None for p in self.matrices}:      # those of one shape at once
+            params = [p for p in self.matrices if p.shape == shape]
+            for p in params:
+                self.state[p].setdefault("momentum", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)
+            steps = orthogonalize(torch.stack([p.grad + group["momentum"] * self.state[p]["momentum"] for p in params]))   # Nesterov
+            for p, step in zip(params, steps, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-0.067 * max(shape) ** 0.5 * group["lr"])
         self.adamw.step()
 
     def state_dict(self):
@@ -119,14 +208,16 @@ class Muon(torch.optim.Optimizer):
         self.param_groups[1:] = self.adamw.param_groups
 
 
-def orthogonalize(matrix, steps=5):
-    """About the nearest matrix with all singular values near 1: Newton-Schulz, X <- aX + (bA + cA A) X with A = X X^T."""
-    x = matrix.T if matrix.size(0) > matrix.size(1) else matrix
-    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16)
+def orthogonalize(matrices, steps=5):
+    """About the nearest matrices with all singular values near 1, by Newton-Schulz: X <- aX + (bA + cA A) X with A = X X^T. (N, rows, columns)"""
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16)
     for _ in range(steps):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
-    return (x.T if matrix.size(0) > matrix.size(1) else x).to(matrix.dtype)
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def set_lr(optimizer, lr, step, max_steps, warmup_steps=0):
@@ -138,9 +229,11 @@ def set_lr(optimizer, lr, step, max_steps, warmup_steps=0):
 
 
 def optimizer_step(loss, model, optimizer, grad_clip):
-    """zero_grad > backward > clip > step, in the only order that works. Returns the gradient's norm before the clip."""
+    """zero_grad > backward > clip > step, in the only order that works. Returns the gradient's norm before the clip.
+    loss: of this rank's rows; the mean over the ranks is what is minimized."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    average_gradients(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     optimizer.step()
     return norm.item()
@@ -151,6 +244,9 @@ def optimizer_step(loss, model, optimizer, grad_clip):
 @contextlib.contextmanager
 def replacing(path):
     """Gives a temporary path; when the block ends well, it takes the place of `path`. So no file is ever half-written."""
+    if rank() > 0:      # rank 0 writes the same
+        yield Path(os.devnull)
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -161,7 +257,7 @@ def replacing(path):
 def bar(items, what, total=None, least=0):
     """The items behind a progress bar, if there are at least `least` of them: whatever takes longer than two seconds shows one."""
     return tqdm(items, desc=f"{what:13}", total=total, leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 30,
-                disable=total is not None and total < least)
+                disable=rank() > 0 or (total is not None and total < least))
 
 
 def read_jsonl(path):
@@ -182,8 +278,8 @@ class Run:
         self.stage, self.total, self.dir = stage, steps, Path(config.out_dir)
         self.config = json.loads(json.dumps(dataclasses.asdict(config)))
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.state_path, self.metrics_path, self.samples_path = (
-            self.dir / name for name in ("state.pt", "metrics.jsonl", "samples.txt"))
+        self.state_path = self.dir / "state.pt"
+        self.metrics_path, self.samples_path = (self.dir / name if rank() == 0 else Path(os.devnull) for name in ("metrics.jsonl", "samples.txt"))
         self.step, self.seconds, self.started = 0, 0.0, time.time()
 
     def steps(self, save_interval, **parts):
@@ -213,7 +309,7 @@ class Run:
             path.write_text(json.dumps(self.config, indent=1) + "\n")
         self.started = time.time() - self.seconds
         with tqdm(total=self.total, initial=self.step, desc=f"{self.stage:13}", unit="step", dynamic_ncols=True,
-                  mininterval=0.5 if sys.stderr.isatty() else 30, smoothing=0.1) as self.bar:
+                  mininterval=0.5 if sys.stderr.isatty() else 30, smoothing=0.1, disable=rank() > 0) as self.bar:
             while self.step < self.total:
                 yield self.step
                 self.step += 1
@@ -231,11 +327,13 @@ class Run:
 
     @staticmethod
     def _cut(path, size):
-        with path.open("r+b") as file:
-            file.truncate(size)
+        if rank() == 0:
+            os.truncate(path, size)
 
     def log(self, **metrics):
-        """One row of metrics.jsonl; numbers that are not finite stop the run, since nothing good follows them."""
+        """One row of metrics.jsonl, means over the ranks; numbers that are not finite stop the run, since nothing good follows them."""
+        if world_size() > 1:
+            metrics = dict(zip(metrics, all_mean(torch.tensor(list(metrics.values()), dtype=torch.float64)).tolist(), strict=True))
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise InputError(f"{self.stage}: {name} is {value} at step {self.step + 1}: try a lower --lr, or --dtype float32")
@@ -253,7 +351,8 @@ class Run:
     def finish(self):
         """Draws the curves and removes the state: the run is done. Save the model before."""
         plot_curves(self.metrics_path, self.dir / "curves.png", self.stage)
-        self.state_path.unlink(missing_ok=True)
+        if rank() == 0:
+            self.state_path.unlink(missing_ok=True)
 
 
 def plot_curves(metrics_path, figure_path, title):

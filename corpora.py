@@ -1,18 +1,15 @@
 """
-Texts that people wrote and judged: loaders, splits without twins, preference pairs, downloads.
-
-    python corpora.py show FILE_OR_FOLDER          what a loader makes of it: counts, lengths, duplicates, what it dropped and why
-    python corpora.py fetch semeval                downloads the puns of SemEval-2017 task 7, after you saw the licence
-    python corpora.py fetch expun                  ... and what people thought of them (ExPUNations)
+Texts that people wrote and judged: one door, read_records(), to files of all these formats, and splits without twins.
 
     format    what it is                                                         records
-    trl       JSONL of your own: prompt + completion (+ label), prompt +         as they are; a conversation becomes a transcript
-              chosen + rejected, chosen + rejected, prompt, text, messages
+    trl       JSONL of your own: prompt + completion (+ label or rating),        as they are; a conversation becomes a transcript
+              prompt + chosen + rejected (+ margin, share), chosen + rejected,
+              prompt + ranked, prompt, text, messages
     text      plain text, one text a line                                        prompt, completion
     hh        Anthropic HH-RLHF, .jsonl or .jsonl.gz                             prompt, chosen, rejected
     shp       Stanford Human Preferences                                         prompt, chosen, rejected, margin = log(score_ratio)
     openai    OpenAI summarize-from-feedback, comparisons                        prompt, chosen, rejected
-    semeval   SemEval-2017 task 7, a folder of XML and gold files                Pun
+    semeval   SemEval-2017 task 7, a folder of XML and gold files                Pun (realpuns.py)
     expun     ExPUNations, joined with SemEval by id                             Pun, with ratings
 
 A broken file (bad JSON, bad UTF-8, a wrong field) is an InputError with file and line. A record that cannot be used (an empty
@@ -22,6 +19,7 @@ dropped and counted.
 
 import collections
 import gzip
+import itertools
 import json
 import math
 import os
@@ -34,13 +32,10 @@ from typing import NamedTuple
 
 import tyro
 
-from common import InputError, run
-from fetch import fetch
-from realpuns import Pun, detokenise, lemmas
-from twins import group, texts_of
+from common import InputError, bar
+from realpuns import PROMPT, Pun, completion, detokenise, lemmas, preferences
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-PROMPT = "A pun:"    # of a text that comes without a prompt
 
 
 class Corpus(NamedTuple):
@@ -71,8 +66,8 @@ class Sieve:
             why = "the prompt is empty"
         elif not all(answer.strip() for answer in answers):
             why = "an answer is empty"
-        elif len(answers) == 2 and answers[0].strip() == answers[1].strip():
-            why = "chosen and rejected are the same text"
+        elif len({answer.strip() for answer in answers}) < len(answers):
+            why = "chosen and rejected are the same text" if len(answers) == 2 else "two of the ranked answers are the same text"
         elif not self.fits(prompt, *answers):
             why = f"longer than the block of {self.block_size} tokens"
         else:
@@ -89,7 +84,7 @@ def read_lines(path):
         with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
             for n, line in enumerate(file, 1):
                 if n == 1 and line.startswith(b"version https://git-lfs"):
-                    raise InputError(f"{path}:1: this is a git-lfs pointer, not the data; run `git lfs pull`")
+                    raise InputError(f"{path}:1: this is a git-lfs pointer, not the data; run: git lfs pull")
                 try:
                     text = line.decode("utf-8-sig" if n == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
@@ -108,14 +103,17 @@ def parse_json(where, text):
         raise InputError(f"{where}{line}: not JSON: {getattr(error, 'msg', error)}") from None
 
 
+NUMBER = (int, float)
+
+
 def need(where, row, fields):
     """Raises InputError unless `row` is an object that has the fields, each of its type."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object")
     for field, kind in fields.items():
-        if not isinstance(row.get(field), kind):
-            name = {str: "text", int: "a whole number", list: "a list", dict: "an object"}.get(kind, "a number")
-            raise InputError(f"{where}: '{field}' " + (f"is not {name}" if field in row else "is missing"))
+        if not isinstance(row.get(field), kind) or isinstance(row[field], bool) and kind is not bool:
+            kinds = {str: "text", int: "a whole number", NUMBER: "a number", bool: "true or false", list: "a list", dict: "an object"}
+            raise InputError(f"{where}: '{field}' " + (f"is not {kinds[kind]}" if field in row else "is missing"))
     return row
 
 
@@ -158,72 +156,67 @@ def load_hh(path, sieve):
             yield where, {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def load_shp(path, sieve, min_ratio=2.0, max_per_post=5):
-    """min_ratio: the better comment has at least so many times the score of the other. max_per_post: the card's advice."""
+def load_shp(path, sieve):
+    """As its card advises: the better comment has at least twice the score of the other, and of a post come at most 5 pairs."""
     posts = collections.Counter()
     for where, row in read_objects(path, {"post_id": str, "history": str, "human_ref_A": str, "human_ref_B": str, "labels": int,
-                                          "score_ratio": (int, float)}):
+                                          "score_ratio": NUMBER}):
         if row["labels"] not in (0, 1) or row["score_ratio"] < 1:
             raise InputError(f"{where}: 'labels' is 1 (A is better) or 0 (B is), and 'score_ratio' is at least 1")
         a, b = " " + row["human_ref_A"].strip(), " " + row["human_ref_B"].strip()
         chosen, rejected = (a, b) if row["labels"] == 1 else (b, a)
         prompt = f"{HUMAN} {row['history']}{ASSISTANT}"
-        if row["score_ratio"] < min_ratio:
-            sieve.drop(where, f"score_ratio is under {min_ratio:g}")
-        elif posts[row["post_id"]] == max_per_post:
-            sieve.drop(where, f"more than {max_per_post} pairs of one post")
+        if row["score_ratio"] < 2:
+            sieve.drop(where, "score_ratio is under 2")
+        elif posts[row["post_id"]] == 5:
+            sieve.drop(where, "more than 5 pairs of one post")
         elif sieve.keep(where, prompt, chosen, rejected):
             posts[row["post_id"]] += 1
             yield where, {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": math.log(row["score_ratio"])}
 
 
-def load_openai(path, sieve, split=""):
-    """split: train, valid1 or valid2; '' takes all. A post that is too long loses lines at its end."""
+def load_openai(path, sieve):
+    """A post that is too long loses lines at its end."""
     for where, row in read_objects(path, {"info": dict, "summaries": list, "choice": int}):
         if row["choice"] not in (0, 1) or len(row["summaries"]) != 2:
             raise InputError(f"{where}: a comparison has two 'summaries' and a 'choice' of 0 or 1")
         answers = [" " + need(where, summary, {"text": str})["text"].strip() for summary in row["summaries"]]
         if "article" in row["info"]:
-            frame, text = "Article:\n\n{}\n\nTL;DR:", need(where, row["info"], {"article": str})["article"]
+            head, text = "Article:\n\n", need(where, row["info"], {"article": str})["article"]
         else:
             info = need(where, row["info"], {"subreddit": str, "title": str, "post": str})
-            text = info["post"]
-            frame = "SUBREDDIT: r/{}\n\nTITLE: {}\n\nPOST: ".format(
-                *(info[name].replace("{", "{{").replace("}", "}}") for name in ("subreddit", "title"))) + "{}\n\nTL;DR:"
-        if split and row.get("split") != split:
-            sieve.drop(where, f"not of the split {split}")
-            continue
-        while not sieve.fits(frame.format(text), *answers) and "\n" in text:
+            head, text = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: ", info["post"]
+        while not sieve.fits(f"{head}{text}\n\nTL;DR:", *answers) and "\n" in text:
             text = text.rpartition("\n")[0]
-        if sieve.keep(where, frame.format(text), *answers):
+        if sieve.keep(where, f"{head}{text}\n\nTL;DR:", *answers):
             chosen = answers.pop(row["choice"])
-            yield where, {"prompt": frame.format(text), "chosen": chosen, "rejected": answers[0]}
+            yield where, {"prompt": f"{head}{text}\n\nTL;DR:", "chosen": chosen, "rejected": answers[0]}
 
 
 TEXTS = ("prompt", "completion", "chosen", "rejected")
-SHAPES = [{"prompt", "completion"}, {"prompt", "completion", "label"}, {"prompt", "chosen", "rejected"}, {"chosen", "rejected"},
-          {"prompt"}, {"text"}, {"messages"}]
+SHAPES = [set(shape.split()) for shape in ("prompt completion", "prompt completion label", "prompt completion rating",
+                                           "prompt chosen rejected", "chosen rejected", "prompt ranked", "prompt", "text", "messages")]
 
 
-def load_trl(path, sieve, prompt=PROMPT):
-    """All lines of a file have one shape. Beside it stand id, and in pairs margin and share (a soft label: how many agreed)."""
+def load_trl(path, sieve):
+    """All lines of a file have one shape. Beside it stand id, and in pairs margin (by how much) and share (of the raters who agree)."""
     first = None
     for where, row in read_objects(path, {}):
         shape = set(row) - {"id"} - ({"margin", "share"} if "chosen" in row else set())
+        first = first or shape
         if shape not in SHAPES:
             raise InputError(f"{where}: {' + '.join(sorted(row)) or 'no field at all'} is no shape of a record; known are "
                              + ", ".join(" + ".join(sorted(known)) for known in SHAPES))
-        first = first or shape
         if shape != first:
             raise InputError(f"{where}: this line has {' + '.join(sorted(shape))}, the file began with {' + '.join(sorted(first))}")
-        if not isinstance(row.get("label", True), bool):
-            raise InputError(f"{where}: 'label' is not true or false")
-        record = dict(need(where, row, {name: (int, float) for name in ("margin", "share") if name in row}))
+        record = dict(need(where, row, {name: kind for name, kind in dict(
+            margin=NUMBER, share=NUMBER, rating=NUMBER, label=bool, ranked=list, text=str, messages=list).items() if name in row}))
+        if not 0.5 <= record.get("share", 1) <= 1:
+            raise InputError(f"{where}: 'share' is from .5 (a tie) to 1")
         if "text" in row:
-            record = {"prompt": prompt, "completion": " " + need(where, row, {"text": str})["text"].strip()}
+            record = {"prompt": PROMPT, "completion": " " + row["text"].strip()}
         elif "messages" in row:
-            messages = need(where, row, {"messages": list})["messages"]
-            record = {"prompt": messages[:-1], "completion": messages[-1:]}
+            record = {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
         for name in TEXTS:
             if isinstance(record.get(name), list):      # a conversation; "prompt" comes first, the answers go on from it
                 record[name] = transcript(where, record[name]) + (ASSISTANT if name == "prompt" else "")
@@ -234,14 +227,16 @@ def load_trl(path, sieve, prompt=PROMPT):
         need(where, record, {name: str for name in TEXTS if name in record})
         if "prompt" not in record:
             record["prompt"], record["chosen"], record["rejected"] = split_prompt(record["chosen"], record["rejected"])
-        if sieve.keep(where, *(record[name] for name in TEXTS if name in record)):
+        if "ranked" in record and (len(record["ranked"]) < 2 or not all(isinstance(text, str) for text in record["ranked"])):
+            raise InputError(f"{where}: 'ranked' is a list of two texts or more, best first")
+        if sieve.keep(where, *(record[name] for name in TEXTS if name in record), *record.get("ranked", [])):
             yield where, record
 
 
-def load_text(path, sieve, prompt=PROMPT):
+def load_text(path, sieve):
     for where, line in read_lines(path):
-        if sieve.keep(where, prompt, line):
-            yield where, {"prompt": prompt, "completion": " " + line.strip()}
+        if sieve.keep(where, PROMPT, line):
+            yield where, {"prompt": PROMPT, "completion": " " + line.strip()}
 
 # -----------------------------------------------------------------------------
 # SemEval-2017 task 7 and ExPUNations
@@ -281,7 +276,7 @@ def load_semeval(path, sieve):
                     pun = pun._replace(pun_lemma=lemma, alt_word=alternative)
             if pun.is_pun and not pun.pun_word:
                 sieve.drop(where, "a pun whose word is not known")
-            elif sieve.keep(where, text):
+            elif sieve.keep(where, PROMPT, text):
                 yield where, pun
 
 
@@ -295,16 +290,18 @@ def read_gold(path, subtask):
         yield fields[0], fields[1:]
 
 
-def load_expun(path, sieve, semeval="downloads/semeval"):
-    """path: expunations_annotated_full.json or ..._pilot_100.json, or a folder with the former. semeval: where the texts are."""
+def load_expun(path, sieve, semeval=""):
+    """path: expunations_annotated_full.json or ..._pilot_100.json, or a folder with the former. semeval: where the texts are;
+    '' looks for a folder semeval* beside the file or up to two levels above."""
     if path.is_dir():
         found = sorted(path.rglob("expunations_annotated_full.json"))
         if len(found) != 1:
             raise InputError(f"{path}: holds {len(found)} files expunations_annotated_full.json: name the one to read")
         path = found[0]
-    if not Path(semeval).exists():
-        raise InputError(f"{path}: has no texts; they are SemEval's, which --semeval names, and there is no {semeval} "
-                         "(python corpora.py fetch semeval)")
+    near = [place for folder in path.absolute().parents[:3] for place in sorted(folder.glob("semeval*")) if place.is_dir()]
+    semeval = Path(semeval or [*near, "semeval"][0])
+    if not semeval.exists():
+        raise InputError(f"{path}: has no texts; they are SemEval's, and no {semeval} lies near it (python data.py fetch semeval)")
     puns = {pun.id: pun for pun in load(semeval, "semeval").records}
     rows = parse_json(path, "\n".join(line for _, line in read_lines(path)))
     if not isinstance(rows, list):
@@ -327,7 +324,7 @@ def load_expun(path, sieve, semeval="downloads/semeval"):
         by_rater = sorted(zip(raters, votes["Funniness (1-5)"], strict=True))
         if row["ID"] not in puns:
             sieve.drop(where, "its text is not in SemEval's files")
-        elif sieve.keep(where, puns[row["ID"]].text):
+        elif sieve.keep(where, PROMPT, puns[row["ID"]].text):
             yield where, puns[row["ID"]]._replace(
                 part="pilot" if pilot else "full", raters=tuple(r for r, _ in by_rater), ratings=tuple(f for _, f in by_rater),
                 is_joke_rate=None if pilot else votes["Is a Joke?"].count(1) / len(raters),
@@ -355,11 +352,11 @@ def recognise(path):
     if re.match(r"subtask\d-.*\.(xml|gold)$", path.name):
         return "semeval"
     where, line = next(read_lines(path), (path, ""))
-    if line.startswith("["):
+    if line.startswith("[") and path.name.endswith(".json"):
         return "expun"
     if not line.startswith("{"):
         if ".json" in path.name or not line:
-            raise InputError(f"{where}: " + ("not a JSON object" if line else "this file is empty"))
+            raise InputError(f"{where}: " + ("not a JSON object" if line else "no records, this file is empty"))
         return "text"
     row = need(where, parse_json(where, line), {})
     if set(row) == {"chosen", "rejected"} and all(isinstance(text, str) and text.startswith(HUMAN) for text in row.values()):
@@ -374,7 +371,7 @@ def load(path, format="", block_size=0, encode=str.split, strict=None, **options
     used instead of dropping it; None is strict with one's own files. options: those of the format's loader."""
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: cannot be read: no such file or folder")
     if format not in ("", *LOADERS):
         raise InputError(f"--format is one of {', '.join(LOADERS)}, not '{format}'")
     format = format or recognise(path)
@@ -387,10 +384,148 @@ def load(path, format="", block_size=0, encode=str.split, strict=None, **options
     return Corpus(format, records, dict(sieve.dropped))
 
 # -----------------------------------------------------------------------------
+# what a stage takes
+
+WANTED = {"completion": ("prompt", "completion"), "preference": ("prompt", "chosen", "rejected"), "ranking": ("prompt", "ranked"),
+          "rating": ("prompt", "completion", "rating"), "prompt": ("prompt",), "any": ("prompt",)}
+
+
+def reshape(records, shape):
+    """The records as a stage wants them, one of WANTED; those that have not what it takes are left out.
+
+    completion: of a comparison the chosen text, of labelled texts the good ones. preference: of labelled texts each good one with a
+    bad one of its prompt. any: as they are. Puns of SemEval and ExPUNations: see realpuns.py."""
+    if records and isinstance(records[0], Pun):
+        if shape == "preference":
+            return preferences(records)
+        if shape == "rating":
+            return [{"prompt": PROMPT, "completion": " " + pun.text, "rating": pun.funniness} for pun in records if pun.ratings]
+        puns = [pun for pun in records if pun.is_pun]
+        records = [{"prompt": PROMPT, "completion": " " + pun.text} if shape == "any" else completion(pun) for pun in puns]
+    if shape == "any":
+        return records
+    if shape == "completion":
+        best = [(record, record.get("completion") or record.get("chosen") or record.get("ranked", [""])[0]) for record in records]
+        return [{"prompt": record["prompt"], "completion": text} for record, text in best if text and record.get("label", True)]
+    if shape == "preference" and records and "label" in records[0]:
+        sides = collections.defaultdict(lambda: ([], []))
+        for record in records:
+            sides[record["prompt"]][not record["label"]].append(record["completion"])
+        return [{"prompt": prompt, "chosen": good, "rejected": bad}
+                for prompt, side in sides.items() for good, bad in zip(*side, strict=False)]
+    fields = WANTED[shape] + (("margin", "share") if shape == "preference" else ())
+    return [{name: record[name] for name in fields if name in record} for record in records if record.keys() >= set(WANTED[shape])]
+
+
+def read_records(path, shape, tok=None, block_size=0, held_out=0.0):
+    """The records of a file of any format, as one of WANTED; with held_out (train, test), no text of test having a twin in train.
+
+    tok, block_size: what does not fit is refused or dropped, as the format has it. Raises InputError with file, line and reason."""
+    corpus = load(path, block_size=block_size, **({"encode": tok.encode} if tok else {}))
+    for why, places in corpus.dropped.items():
+        print(f"{path}: dropped {len(places)} of {len(places) + len(corpus.records)} records: {why}")
+    parts = [reshape(part, shape) for part in (split(corpus.records, held_out) if held_out else [corpus.records])]
+    if not any(parts):
+        has = " + ".join(corpus.records[0]) if corpus.records and isinstance(corpus.records[0], dict) else "nothing that fits"
+        raise InputError(f"{path}: no records of {' + '.join(WANTED[shape])}; it has {has}")
+    if block_size and corpus.format in ("semeval", "expun"):      # their prompts are made here
+        fits = Sieve(True, block_size, tok.encode).fits
+        kept = [[record for record in part if fits(*(record[name] for name in TEXTS if name in record))] for part in parts]
+        if too_long := sum(map(len, parts)) - sum(map(len, kept)):
+            print(f"{path}: dropped {too_long} of {sum(map(len, parts))} records: with their prompt longer than the block of {block_size} tokens")
+        parts = kept
+    if shape == "ranking" and len({len(record["ranked"]) for part in parts for record in part}) > 1:
+        raise InputError(f"{path}: all records must rank equally many completions")
+    if held_out and not all(parts):                               # too few groups of near-duplicates to part them
+        records = parts[0] + parts[1]
+        cut = len(records) - max(1, round(held_out * len(records)))
+        parts = [records[:cut], records[cut:]]
+    return (parts[0], parts[1][:1000]) if held_out else parts[0]
+
+# -----------------------------------------------------------------------------
+# splits without twins
+
+def words_of(text):
+    """The words of a text as a set: lower case, no punctuation."""
+    return set(re.findall(r"[^\W_]+", text.lower().replace("'", "")))
+
+
+def group(texts_of_records, threshold=0.45, rarest=16):
+    """A group number for each record, given as the list of its texts: near-duplicates share one, and so do *their* near-duplicates.
+
+    Two texts are near-duplicates if the words they share weigh at least `threshold` of all their words, each weighing log((N+1)/n)
+    where n of the N texts have it: so two jokes of one template are no twins, but one joke told twice is. If the words of a text
+    are sorted by rarity, the first shared one must come before the rest is too light to reach the threshold (prefix filtering), so
+    that only texts with a rare word in common need to be compared. Of long texts only the `rarest` words are looked up: exact up to
+    about 30 words, a very good guess beyond. Union-find joins the pairs. Nothing is random."""
+    parent, owners, count = list(range(len(texts_of_records))), {}, collections.Counter()
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    def join(i, j):
+        a, b = sorted((root(i), root(j)))
+        parent[b] = a
+
+    for i, texts in enumerate(texts_of_records):
+        for text in set(texts):
+            join(i, owners.setdefault(text, i))          # an exact duplicate is looked at once
+    sets = [words_of(text) for text in owners]
+    count = collections.Counter(itertools.chain.from_iterable(sets))
+    weight = {word: math.log((len(sets) + 1) / n) for word, n in count.items()}
+    total, owner = [sum(weight[word] for word in words) for words in sets], list(owners.values())
+    holders = collections.defaultdict(list)     # word: the texts before this one that have it among their first
+    for k, words in enumerate(bar(sets, "twins", len(sets), least=5000)):
+        first, rest = [], total[k]
+        for word in sorted(words, key=lambda word: (count[word], word)):
+            if rest < threshold * total[k] - 1e-9 or len(first) == rarest:
+                break
+            first.append(word)
+            rest -= weight[word]
+        for j in {j for word in first for j in holders[word]}:
+            if root(owner[j]) != root(owner[k]) and min(total[k], total[j]) >= threshold * max(total[k], total[j]) - 1e-9:
+                shared = sum(weight[word] for word in words & sets[j])
+                if shared >= threshold * (total[k] + total[j] - shared) - 1e-9:
+                    join(owner[j], owner[k])
+        for word in first:
+            holders[word].append(k)
+    return [root(i) for i in range(len(parent))]
+
+
+def texts_of(record):
+    """The texts that make a record a twin of another: prompt with answer, and a long prompt by itself."""
+    if isinstance(record, Pun):
+        return [record.text]
+    prompt = record["prompt"]
+    whole = [prompt + text for text in [record[name] for name in TEXTS[1:] if name in record] + record.get("ranked", [])]
+    return whole + ([prompt] if len(prompt.split()) >= 8 or not whole else [])
+
+
+def split(records, share=0.1, seed=0):
+    """(train, test) of the records, about `share` of them in test, whole groups of near-duplicates only (of more than
+    20,000 records: whole groups of one text or one long prompt). The groups with the smallest checksums go to test: fixed, and hardly moved by
+    records that are added."""
+    texts = [texts_of(record) for record in records]
+    numbers = group(texts) if len(records) <= 20_000 else [text[-1] for text in texts]
+    groups = collections.defaultdict(list)
+    for i, number in enumerate(numbers):
+        groups[number].append(i)
+    members = sorted(groups.values(), key=lambda rows: min(
+        zlib.crc32(f"{seed}|{text}".encode(errors="replace")) for i in rows for text in texts[i]))
+    test = set()
+    for rows in members:
+        if len(test) + len(rows) / 2 >= share * len(records):
+            break
+        test.update(rows)
+    return [record for i, record in enumerate(records) if i not in test], [records[i] for i in sorted(test)]
+
+# -----------------------------------------------------------------------------
 # the command line
 
-def show(path: tyro.conf.Positional[Path], format: str = "", semeval: Path = Path("downloads/semeval"), n: int = 3,
-         block_size: int = 0, tokenizer: str = "puns"):
+def show(path: tyro.conf.Positional[Path], format: str = "", semeval: str = "", n: int = 3, block_size: int = 0,
+         tokenizer: str = "puns"):
     """What a loader makes of a file or folder: counts, lengths, duplicates, what it dropped and why, the first n records.
     format: if it is not recognized. semeval: where ExPUNations' texts are. block_size: drop what has more tokens of `tokenizer`."""
     import data  # here, because data.py loads through this file
@@ -422,16 +557,10 @@ def show(path: tyro.conf.Positional[Path], format: str = "", semeval: Path = Pat
               f"the largest of {max(sizes, default=0)}")
     else:
         print("near-duplicates are looked for among 20,000 records at most")
-    if format in ("semeval", "expun"):
-        print("  " + ", ".join(f"{count} {kind} {'puns' if is_pun else 'non-puns'}" for (kind, is_pun), count in sorted(
-            collections.Counter((pun.kind, pun.is_pun) for pun in records).items(), reverse=True)))
-        print(f"  {sum(bool(pun.alt_word) for pun in records)} with an alternative word, "
-              f"{sum(bool(pun.ratings) for pun in records)} rated")
+    kinds = collections.Counter((record.kind, record.is_pun) for record in records if isinstance(record, Pun))
+    for (kind, is_pun), count in sorted(kinds.items()):
+        print(f"  {count} {kind} {'puns' if is_pun else 'non-puns'}")
     for row in rows[:n]:
         print("\n" + "\n".join(
             f"  {name:14} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}".replace("\n", "⏎")
             for name, value in row.items() if value not in ("", (), None)))
-
-
-if __name__ == "__main__":
-    run(lambda: tyro.extras.subcommand_cli_from_dict({"show": show, "fetch": fetch}))

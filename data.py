@@ -10,7 +10,8 @@ Records are dictionaries in the field's standard JSONL, one object a line:
     {"prompt": "About a banker:"}                                                                             prompts alone
 
 The space between prompt and completion belongs to the completion. The end token is not in the file: it is added here.
-By default the records come from the pun world (puns.py), with --data FILE from a file of your own.
+A preference may have a margin (by how much) and a share (how many of those asked agree; .5 is a tie). By default the records come
+from the pun world (puns.py); with --data FILE from a file of these shapes or of any other format that corpora.py knows.
 
     python data.py train-tokenizer      rebuilds lexicon/puns.tiktoken from the pun world
     python data.py show FILE            what corpora.py makes of a file: counts, lengths, duplicates, what it drops and why
@@ -20,16 +21,16 @@ By default the records come from the pun world (puns.py), with --data FILE from 
 import base64
 import collections
 import functools
-import json
-import math
-from pathlib import Path
 
 import regex
-import tiktoken.load
+import tiktoken
 import torch
 import tyro
 
 from common import InputError, bar, replacing, run
+from corpora import read_records as read_records  # the stages read files through this one door
+from corpora import show as show_file
+from fetch import fetch
 from model import logprobs
 from puns import LEXICON, world
 
@@ -48,7 +49,8 @@ class Tokenizer:
         a folder, or a name on the hub such as google/flan-t5-small."""
         self.name = name
         if name == "puns":
-            ranks = tiktoken.load.load_tiktoken_bpe(str(RANKS))
+            # not tiktoken's own loader: it keeps a copy elsewhere and would not see the file change
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, RANKS.read_text().splitlines())}
             self.encoding = tiktoken.Encoding("puns", pat_str=PATTERN, mergeable_ranks=ranks,
                                               special_tokens={"<|end|>": len(ranks)})
             self.end_id = len(ranks)
@@ -103,7 +105,7 @@ def train_bpe(texts, vocab_size):
     return ranks
 
 
-def train_tokenizer(vocab_size: int = 3071, n: int = 50_000):
+def train_tokenizer(vocab_size: int = 4095, n: int = 50_000):
     """Rebuild lexicon/puns.tiktoken on n sentences of the pun world; the end token comes on top of vocab_size."""
     texts = [text for record in world().corpus(n, seed=0) for text in record.values()]
     ranks = train_bpe(texts, vocab_size)
@@ -113,65 +115,7 @@ def train_tokenizer(vocab_size: int = 3071, n: int = 50_000):
     print(f"{RANKS}: {len(ranks)} tokens, {sum(lengths) / len(lengths):.1f} a text")
 
 # -----------------------------------------------------------------------------
-# records
-
-SHAPES = {
-    "completion": ("prompt", "completion"),
-    "preference": ("prompt", "chosen", "rejected"),     # and margin, by how much, if you know
-    "ranking": ("prompt", "ranked"),                    # a list of completions, best first, equally many in each record
-    "rating": ("prompt", "completion", "rating"),       # a number
-    "prompt": ("prompt",),
-}
-
-
-def read_records(path, shape):
-    """The records of a JSONL file of one of the SHAPES. Raises InputError with file, line and reason."""
-    path, records = Path(path), []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if lines[0].startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}:1: this is a git-lfs pointer, not the data; run: git lfs pull")
-    for n, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                records.append(check_record(json.loads(line.decode("utf-8")), shape))
-            except UnicodeDecodeError:
-                raise InputError(f"{path}:{n}: this line is not UTF-8") from None
-            except ValueError as error:   # from json or from check_record
-                raise InputError(f"{path}:{n}: {error}") from None
-    if not records:
-        raise InputError(f"{path}: no records")
-    if shape == "ranking" and len({len(record["ranked"]) for record in records}) > 1:
-        raise InputError(f"{path}: all records must rank equally many completions")
-    return records
-
-
-def check_record(record, shape):
-    """The record, if it has this shape. Raises ValueError with the reason."""
-    fields = SHAPES[shape]
-    if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object with the fields {', '.join(fields)}")
-    for field in fields:
-        value = record.get(field)
-        if field == "rating":
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-                raise ValueError("'rating' is missing or not a number")
-            continue
-        texts = value if field == "ranked" and isinstance(value, list) and len(value) > 1 else [value]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"'{field}' is missing, empty or of the wrong type; a record has {', '.join(fields)}")
-        if len(set(texts)) < len(texts):
-            raise ValueError("two of the ranked completions are the same text")
-    if shape == "preference" and record["chosen"] == record["rejected"]:
-        raise ValueError("chosen and rejected are the same text")
-    if shape == "preference" and not isinstance(record.get("margin", 0), int | float):
-        raise ValueError("'margin' is not a number")
-    if unknown := set(record) - set(fields) - ({"margin"} if shape == "preference" else set()):
-        raise ValueError(f"unknown field '{sorted(unknown)[0]}'; a record has {', '.join(fields)}")
-    return record
-
+# token ids
 
 def encode_records(records, name, fields, block_size, where="the data"):
     """Token ids of the texts in the given fields, padded to the longest: {field: (N, longest)}. Prompts are padded on the left; the
@@ -180,7 +124,9 @@ def encode_records(records, name, fields, block_size, where="the data"):
     if not records:
         raise InputError(f"{where}: no records are left to encode, it needs more of them")
     for field in fields:
-        lists = tok.encoding.encode_ordinary_batch([record[field] for record in records], num_threads=2)
+        texts = dict.fromkeys(record[field] for record in records)       # each text once: prompts come again and again
+        known = {text: tok.encode(text) for text in bar(texts, field, len(texts), least=100_000)}
+        lists = [known[record[field]] for record in records]
         ends = [] if field == "prompt" else [tok.end_id]
         lengths = torch.tensor([len(ids) + len(ends) for ids in lists])
         columns = torch.arange(lengths.max())
@@ -317,7 +263,4 @@ def measure(policy, reference, tok, prompts, generator, autocast, scorer=None, *
 
 
 if __name__ == "__main__":
-    from corpora import fetch
-    from corpora import show as show_file
-
     run(lambda: tyro.extras.subcommand_cli_from_dict({"train-tokenizer": train_tokenizer, "show": show_file, "fetch": fetch}))

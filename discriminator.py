@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import tyro
 from torch.nn.utils.rnn import pad_sequence
 
-from common import InputError, Options, Run, adamw, optimizer_step, replacing, run, sampler, set_lr, setup
+from common import InputError, Options, Run, adamw, optimizer_step, replacing, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, generate, read_records, tokenizer
 from model import GPTBlock, ModelConfig, build_model, load_model
 from puns import world
@@ -149,7 +149,7 @@ def train(config):
     progress = Run("discriminator", config, config.max_steps)
     for step in progress.steps(config.eval_interval, disc=disc, optimizer=optimizer, batches=batches):
         set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
-        batch = batches.next()
+        batch = shard(batches.next())
         with autocast():
             real, fake = disc(batch["prompt"], batch["real"]), disc(batch["prompt"], batch["fake"])
         loss = discriminator_loss(real, fake, config.label_smoothing)

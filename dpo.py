@@ -24,14 +24,15 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Options, Run, adamw, optimizer_step, run, sampler, set_lr, setup
+from common import InputError, Run, TrainOptions, adamw, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
-from model import load_model, logprobs, save_model
+from lora import Adapted, prepare, save
+from model import load_model, logprobs
 from puns import world
 
 
 @dataclass(slots=True)
-class Config(Options):
+class Config(TrainOptions):
     out_dir: str = "runs/dpo"
     init: str = "runs/sft/ckpt.pt"  # the policy to start from, and the reference
     data: str = ""              # JSONL of prompt, chosen, rejected; '' is the pun world
@@ -80,7 +81,7 @@ def log_odds(p):
 
 def kto(p, k):
     """1 - sigmoid of how far the chosen is above z, and the rejected below: https://arxiv.org/abs/2402.01306, Eq. 7."""
-    z = p.z.mean().clamp(min=0).detach()
+    z = all_mean(p.z.mean()).clamp(min=0).detach()
     return 0.5 * (1 - torch.sigmoid(k.beta * (p.c - p.ref_c - z)) + 1 - torch.sigmoid(k.beta * (z - p.r + p.ref_r)))
 
 
@@ -136,13 +137,15 @@ def train(config):
     if config.loss not in LOSSES:
         raise InputError(f"--loss is one of {', '.join(LOSSES)}, not '{config.loss}'")
     device, autocast = setup(config)
-    policy, reference = load_model(config.init, device), load_model(config.init, device)     # both in eval mode: no dropout
-    reference.requires_grad_(False)
+    policy = load_model(config.init, device)                         # in eval mode, like the reference: no dropout
+    prepare(policy, config, "policy")
+    reference = Adapted(policy, None) if config.lora else load_model(config.init, device).requires_grad_(False)
     tok = tokenizer(policy.tokenizer)
     if config.data:
-        records = read_records(config.data, "preference")
-        held_out = max(1, min(len(records) // 10, 1000))
-        records, val_records = records[:-held_out], records[-held_out:]
+        records, val_records = read_records(config.data, "preference", tok, policy.config.block_size, held_out=0.1)
+        ties = sum(record.get("share", 1) == 0.5 for record in records + val_records)
+        records, val_records = ([record for record in part if record.get("share", 1) > 0.5] for part in (records, val_records))
+        print(f"dpo: leaves out {ties} ties" if ties else "", end="\n" * bool(ties))
     else:
         records = world().preferences(config.corpus_size, config.seed, config.noise)
         val_records = world().preferences(1000, config.seed + 1, held_out=True)
@@ -157,7 +160,7 @@ def train(config):
     for step in progress.steps(config.eval_interval, policy=policy, optimizer=optimizer, batches=batches, generator=generator):
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
         with autocast():
-            pair = forward(policy, reference, batches.next(), config.loss == "kto")
+            pair = forward(policy, reference, shard(batches.next()), config.loss == "kto")
         loss = LOSSES[config.loss](pair, config).mean()
         norm = optimizer_step(loss, policy, optimizer, config.grad_clip)
         last = step + 1 == config.max_steps
@@ -170,7 +173,7 @@ def train(config):
             progress.log(**held_out, **rates(rows))
             progress.write(show(rows))
 
-    save_model(progress.dir / "ckpt.pt", policy, tokenizer=tok.name, stage="dpo")
+    save(progress.dir / "ckpt.pt", policy, tokenizer=tok.name, stage="dpo")
     progress.finish()
 
 

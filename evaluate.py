@@ -12,6 +12,7 @@ that has a checkpoint in runs/. Columns, with 95 % intervals over completions:
 
     python evaluate.py                        table, runs/report.md, runs/report.json, runs/report.png
     python evaluate.py --temperature 0.7
+    python evaluate.py judge --url http://localhost:8000/v1 --model NAME      win rates by a language model's judgement (judge.py)
 """
 
 import collections
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 
 from common import Options, read_jsonl, replacing, run, sampler, setup
 from data import measure, read_records, tokenizer
+from judge import judge
 from model import load_model
 from puns import world
 
@@ -230,4 +232,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(lambda: main(tyro.cli(Config)))
+    run(lambda: main(tyro.cli(Config)), judge=judge)

@@ -1,8 +1,8 @@
 """
 Downloads of data sets from their public homes: pinned by hash, resumable, licence first.
 
-    python corpora.py fetch semeval --accept_licence      into downloads/semeval
-    python corpora.py fetch expun   --accept_licence      into downloads/expun
+    python data.py fetch semeval --accept_licence      into downloads/semeval
+    python data.py fetch expun   --accept_licence      into downloads/expun
 """
 
 import hashlib
@@ -139,4 +139,4 @@ def fetch(name: tyro.conf.Positional[Literal["semeval", "expun"]], out_dir: Path
             unpack(path, out_dir / name)
     with replacing(out_dir / name / "LICENCE.txt") as temporary:
         temporary.write_text(licence + "\n", encoding="utf-8")
-    print(f"look at it: python corpora.py show {out_dir / name}" + (f" --semeval {out_dir / 'semeval'}" if name == "expun" else ""))
+    print(f"look at it: python data.py show {out_dir / name}" + (f" --semeval {out_dir / 'semeval'}" if name == "expun" else ""))

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 
 import ppo
-from common import InputError, Options, Run, adamw, optimizer_step, run, sampler, set_lr, setup
+from common import InputError, Options, Run, adamw, optimizer_step, run, sampler, set_lr, setup, shard, world_size
 from data import Batches, encode_records, show, tokenizer
 from discriminator import Discriminator, discriminator_loss, load_discriminator, load_reals, save_discriminator
 from model import load_model, save_model
@@ -78,7 +78,8 @@ def gumbel_given_sample(logp, token, generator=None):
     """Perturbed log-probs whose argmax is `token`: the Gumbel noise that would have led to this sample (arXiv 2010.04838, Eq. 4).
 
     logp (..., V), token (...) -> (..., V)"""
-    e = -torch.log(torch.rand(logp.shape, generator=generator, device=logp.device).clamp(min=1e-20))         # Exp(1)
+    u = shard(torch.rand(len(logp) * world_size(), *logp.shape[1:], generator=generator, device=logp.device))
+    e = -torch.log(u.clamp(min=1e-20))                                                                        # Exp(1)
     top = -torch.log(e.gather(-1, token[..., None]))                     # the largest of all is Gumbel(0), since exp(logp) sums to 1
     others = -torch.log(e / logp.exp().clamp(min=1e-20) + torch.exp(-top))                                    # all below it
     return others.scatter(-1, token[..., None], top)
@@ -167,16 +168,16 @@ def train(config):
 
         # -- D: on reals and on what G writes now
         for k in range(config.d_steps):
-            rows = torch.arange(k * config.d_batch_size, (k + 1) * config.d_batch_size, device=device) % config.batch_size
+            rows = shard(torch.arange(k * config.d_batch_size, (k + 1) * config.d_batch_size, device=device)) % config.batch_size
             fake = rollout.prompt[rows], rollout.response[rows]
-            metrics |= discriminator_step(disc, policy, d_optimizer, reals.next(), fake, config, autocast)
+            metrics |= discriminator_step(disc, policy, d_optimizer, shard(reals.next()), fake, config, autocast)
 
         # -- G: by the estimator
         if config.estimator == "reinforce":
             advantages, returns = ppo.advantages_of(rollout, config, config.kl_coef)
             metrics |= ppo.update(policy, value_head, optimizer, rollout, advantages, returns, config, autocast)
         else:
-            for rows in torch.arange(config.batch_size).split(config.minibatch_size):
+            for rows in map(shard, torch.arange(config.batch_size).split(config.minibatch_size)):
                 with autocast():
                     loss = differentiable_loss(policy, reference, disc, rollout.prompt[rows], rollout.response[rows], config, generator)
                 metrics["grad_norm"] = optimizer_step(loss, policy, optimizer, config.grad_clip)

@@ -11,17 +11,21 @@ their own, and with none of them active the trunk is the reference.
     ref_logp = logprobs(model, prompt, response)
 
 A model here is a language model or one with heads on it (Scorer); whatever is not the trunk counts as a head.
+
+The stages: --lora R trains an adapter of rank R alone, --trainable last:k the last k blocks. ckpt.pt then holds the merged model, for whoever
+comes next, and adapter.pt the adapter and the heads alone.
 """
 
 import contextlib
 import re
+import zlib
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from common import InputError, replacing
-from model import GPTBlock, LanguageModel, PaLMBlock, T5Block
+from model import GPTBlock, LanguageModel, PaLMBlock, T5Block, save_model
 
 ATTENTION = ("c_attn", "attn.c_proj", "c_fused", "attn_proj", ".q", ".k", ".v", ".o")    # in all three architectures
 
@@ -111,19 +115,78 @@ def train_only(model, what):
         parameter.requires_grad_(what == "all" or (".lora_" in name if what == "adapters" else name.startswith(last)))
 
 
+class Adapted:
+    """The model as it is with one adapter, or with none: the reference. All that share a trunk hold its weights once."""
+
+    def __init__(self, model, name):
+        self.model, self.name, self.config, self.pad_id = model, name, model.config, trunk_of(model)[0].pad_id
+
+    def hidden(self, prompt, response):
+        with adapter(self.model, self.name):
+            return self.model.hidden(prompt, response)
+
+    def head(self, x):
+        return self.model.head(x)       # no adapter is on it
+
+    def __call__(self, prompt, response):
+        with adapter(self.model, self.name):
+            return self.model(prompt, response)
+
+
+def prepare(model, config, name):
+    """What of a stage's model learns, by its options: all weights, the last blocks, or an adapter of that name alone, active from here on."""
+    trunk, _ = trunk_of(model)
+    trunk.checkpointing = config.checkpointing
+    if config.lora and config.trainable != "all":
+        raise InputError(f"--lora {config.lora} trains an adapter alone: leave --trainable {config.trainable} out")
+    if not config.lora:
+        return train_only(model, config.trainable)
+    trunk.requires_grad_(False)         # the weights, and other adapters on them
+    add_adapter(model, name, config.lora)
+    trunk.adapters.active = name
+
+
+def save(path, model, **about):
+    """save_model(), with the active adapter, if there is one, merged into the weights; it goes to adapter.pt beside them, too."""
+    if name := trunk_of(model)[0].adapters.active:
+        save_adapter(path.with_name("adapter.pt"), model, name)
+        with merged(model, name):
+            save_model(path, model, **about)
+    else:
+        path.with_name("adapter.pt").unlink(missing_ok=True)        # of an earlier run
+        save_model(path, model, **about)
+
+
+def megabytes(models, optimizer):
+    """What these hold between two steps: weights, gradients and the optimizer's state, shared tensors once."""
+    tensors = [x for model in models for x in model.state_dict().values()] + [p.grad for model in models for p in model.parameters()]
+    tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+    return sum({x.data_ptr(): x.nbytes for x in tensors if x is not None}.values()) / 1e6
+
+
+def fingerprint(trunk):
+    """A number that tells trunks apart: the CRC-32 of all weights that are no adapter's."""
+    crc = 0
+    for name, weight in trunk.state_dict().items():
+        crc = crc if ".lora_" in name else zlib.crc32(weight.cpu().contiguous().numpy().tobytes(), crc)
+    return crc
+
+
 def save_adapter(path, model, name):
     """Writes an adapter and the model's heads, without the trunk: kilobytes."""
     trunk, start = trunk_of(model)
     ends = (f".lora_a.{name}", f".lora_b.{name}")
     weights = {n: w for n, w in model.state_dict().items() if n.endswith(ends) or not n.startswith(start)}
     with replacing(path) as temporary:
-        torch.save({"name": name, "settings": trunk.adapters.settings[name], "weights": weights}, temporary)
+        torch.save({"name": name, "settings": trunk.adapters.settings[name], "trunk": fingerprint(trunk), "weights": weights}, temporary)
 
 
 def load_adapter(path, model):
     """Puts a saved adapter, and its heads, on a model with the trunk that it was trained on. Returns the adapter's name."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     name, (trunk, _) = saved["name"], trunk_of(model)
+    if saved["trunk"] != fingerprint(trunk):
+        raise InputError(f"{path}: this adapter belongs to another model than the one that it is put on; train it again from this one")
     if trunk.adapters.settings.get(name) != saved["settings"]:
         add_adapter(model, name, **saved["settings"])
     expected = {n: w.shape for n, w in model.state_dict().items()}

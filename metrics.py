@@ -110,3 +110,59 @@ def auc(positives, negatives):
         below += counts[0][score]
         n += counts[1][score]
     return wins / (n * below)
+
+# -----------------------------------------------------------------------------
+# are these metrics any good? Puns against non-puns
+
+def sound_alikes(puns):
+    """{word: {(another word, id of the pun that plays on the two)}}, both ways, from the pun words that people marked."""
+    found = collections.defaultdict(set)
+    for pun in puns:
+        if pun.kind == "heterographic" and pun.alt_word and " " not in pun.alt_word + pun.pun_word:
+            found[pun.pun_word.lower()].add((pun.alt_word.lower(), pun.id))
+            found[pun.alt_word.lower()].add((pun.pun_word.lower(), pun.id))
+    return found
+
+
+def evaluate(puns, known, test, lm, device=""):
+    """{metric: AUC} of the heterographic puns of `test` against its non-puns. Co-occurrence is counted in the texts of `known`, and
+    lm is a checkpoint that was trained on these alone.
+
+    No one has marked a word in a text that is no pun. So in every text, pun or not, the last word is taken that sounds like another
+    one by what is marked in *other* texts of `puns`; texts without such a word are left out."""
+    import torch  # here, so that the formulas above need none of this
+
+    from common import setup
+    from data import encode_records
+    from model import load_model, logprobs
+    from realpuns import PROMPT
+    from reward_model import Config
+
+    device, autocast = setup(Config(device=device))
+    model, alike = load_model(lm, device), sound_alikes(puns)
+    p, p_given = cooccurrence([pun.text for pun in known])
+
+    def logprob(text):
+        records = [{"prompt": PROMPT, "completion": " " + text}]
+        ids = encode_records(records, model.tokenizer, ["prompt", "completion"], model.config.block_size)
+        with torch.no_grad(), autocast():                               # of all tokens but the end
+            return logprobs(model, ids["prompt"].long().to(device), ids["completion"].long().to(device))[0, :-1].sum().item()
+
+    names = "ambiguity", "distinctiveness", "local surprise", "global surprise", "surprise ratio"
+    columns = {name: {True: [], False: []} for name in names}
+    for pun in test:
+        words = re.findall(r"\w+(?:'\w+)?", pun.text)
+        marked = [(i, sorted(other for other, owner in alike[word.lower()] if owner != pun.id and other != word.lower()))
+                  for i, word in enumerate(words) if word.lower() in alike]
+        marked = [(i, others[0]) for i, others in marked if others]
+        if not marked or pun.kind != "heterographic":
+            continue
+        i, other = marked[-1]
+        rest = content_words(" ".join(words[:i] + words[i + 1:]))
+        meanings = [words[i].lower(), other]
+        values = (ambiguity(rest, meanings, p, p_given), distinctiveness(rest, meanings, p, p_given), *surprise(words, i, other, logprob))
+        for column, value in zip(columns.values(), values, strict=True):
+            column[pun.is_pun].append(value)
+    n = {is_pun: len(columns["ambiguity"][is_pun]) for is_pun in (True, False)}
+    found = {name: auc(column[True], column[False]) if all(n.values()) else math.nan for name, column in columns.items()}
+    return found | {"puns": n[True], "non-puns": n[False]}

@@ -27,15 +27,15 @@ import torch.nn.functional as F
 import tyro
 from torch.utils.checkpoint import checkpoint
 
-from common import InputError, replacing, run
+from common import InputError, all_mean, gather, replacing, run, shard
 
 
 @dataclass(slots=True)
 class ModelConfig:
     arch: str = "gpt"           # gpt, palm or t5
-    vocab_size: int = 3072      # the pad id is vocab_size itself
-    end_id: int = 3071          # a response ends with this token
-    start_id: int = 3071        # what T5's decoder starts with
+    vocab_size: int = 4096      # the pad id is vocab_size itself
+    end_id: int = 4095          # a response ends with this token
+    start_id: int = 4095        # what T5's decoder starts with
     block_size: int = 64        # longest prompt + response (T5: longest of either)
     n_layer: int = 4            # T5: this many in the encoder and as many in the decoder
     n_head: int = 4
@@ -340,19 +340,21 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def generate(self, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         """Samples responses. prompt (B, P), left-padded -> response (B, R), right-padded after its end token; logprobs (B, R) of
-        the sampled tokens under the distribution that they were drawn from, 0 on pads. R <= max_new_tokens."""
+        the sampled tokens under the distribution that they were drawn from, 0 on pads. R <= max_new_tokens.
+        Several processes share the work: each writes its rows, and all get all of them."""
+        B, prompt = len(prompt), shard(prompt, even=False)
         cache = Cache(prompt.size(1) + max_new_tokens)
         x = self.prefill(prompt, cache, max_new_tokens)                                   # (B, C)
         done = torch.zeros(prompt.size(0), dtype=torch.bool, device=prompt.device)
         response, chosen = [], []
         while True:
             logp = sampling_logprobs(self.head(x), temperature, top_k, top_p)             # (B, V)
-            token = sample(logp, generator)                                               # (B,)
+            token = sample(logp, generator, B)                                            # (B,)
             chosen.append(logp.gather(1, token[:, None]).squeeze(1).masked_fill(done, 0))
             response.append(token.masked_fill(done, self.pad_id))
             done = done | (token == self.config.end_id)
-            if len(response) == max_new_tokens or done.all():
-                return torch.stack(response, 1), torch.stack(chosen, 1)
+            if len(response) == max_new_tokens or all_mean(done.all().float()) == 1:
+                return gather(torch.stack(response, 1), B), gather(torch.stack(chosen, 1), B)
             x = self.step(response[-1], cache)
 
 
@@ -503,11 +505,13 @@ def sampling_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
     return logits.log_softmax(dim=-1)
 
 
-def sample(logp, generator=None):
-    """Draws a token by inverting the distribution function, faster than torch.multinomial. logp (B, V) -> (B,)"""
+def sample(logp, generator=None, rows=0):
+    """Draws a token by inverting the distribution function, faster than torch.multinomial. logp (B, V) -> (B,)
+    rows: of how many logp is this process's share; the noise is drawn for all of them."""
     cdf = logp.exp().cumsum(dim=-1)
     # u in (0, sum]: the first token whose cdf reaches u has a probability above 0, whatever the rounding
-    u = (1 - torch.rand(cdf.size(0), 1, generator=generator, device=cdf.device)) * cdf[:, -1:]
+    u = torch.rand(rows or len(cdf), 1, generator=generator, device=cdf.device)
+    u = (1 - (shard(u, even=False) if rows else u)) * cdf[:, -1:]
     return torch.searchsorted(cdf, u).squeeze(1).clamp(max=logp.size(1) - 1)
 
 
@@ -528,14 +532,18 @@ def logprobs(model, prompt, response, temperature=1.0, top_k=0, top_p=1.0, hidde
 # heads
 
 class Scorer(nn.Module):
-    """A language model with a scalar head: as a reward model scorer(prompt, response) -> (B,), as a critic values() -> (B, R)."""
+    """A language model with a scalar head on the state that has read a text: scorer(prompt, response) -> (B,), a reward model.
 
-    def __init__(self, model):
+    With a likelihood, the text's log-prob under that same language model counts too, with a weight that is learned. A linear head cannot
+    compare what was foreseen with what came; the model's own logits do, and so tell broken text from good at once (DPO's view of a reward)."""
+
+    def __init__(self, model, likelihood=0.0):
         super().__init__()
         self.model, self.config = model, model.config
         self.scalar = nn.Linear(model.config.n_embd, 1)
         nn.init.normal_(self.scalar.weight, std=1 / math.sqrt(model.config.n_embd + 1))
         nn.init.zeros_(self.scalar.bias)
+        self.likelihood = nn.Parameter(torch.tensor(float(likelihood))) if likelihood else None
         self.register_buffer("gain", torch.tensor(1.0))    # score = gain * raw + shift, set by normalize()
         self.register_buffer("shift", torch.tensor(0.0))
 
@@ -544,8 +552,10 @@ class Scorer(nn.Module):
         # one more pad, so that there is a state behind the last token: state t has read response[:, :t]
         x = self.model.hidden(prompt, F.pad(response, (0, 1), value=self.model.pad_id))      # (B, R + 1, C)
         last = (response != self.model.pad_id).sum(dim=1)                                     # (B,)
-        x = x[torch.arange(len(x), device=x.device), last]                                    # (B, C)
-        return self.gain * self.scalar(x).squeeze(-1).float() + self.shift
+        raw = self.scalar(x[torch.arange(len(x), device=x.device), last]).squeeze(-1).float() # (B,)
+        if self.likelihood is not None:
+            raw = raw + self.likelihood * logprobs(self.model, prompt, response, hidden=x[:, :-1]).sum(dim=1)
+        return self.gain * raw + self.shift
 
     @torch.no_grad()
     def normalize(self, scores):
@@ -577,7 +587,7 @@ def load_model(path, device="cpu"):
     saved = torch.load(path, map_location="cpu", weights_only=True)
     model = build_model(ModelConfig(**saved["config"]))
     if saved["scorer"]:
-        model = Scorer(model)
+        model = Scorer(model, saved["model"].get("likelihood", 0))
     model.load_state_dict(saved["model"])
     model.tokenizer = saved.get("tokenizer", "")
     return model.to(device).eval()

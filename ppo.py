@@ -9,28 +9,32 @@ Stage 3a, PPO: reinforcement learning from a reward model, on a leash to the SFT
     6. again, with fresh answers
 
 The critic is a linear head on the policy's own trunk: one forward pass for both. There is no entropy bonus, and no dropout.
+With --lora the reference and the reward model, too, live on that trunk, which is frozen (lora.py).
 What to look at: ratio 1.000 in the first minibatch (asserted), score up, kl slowly up, and the texts: a policy that found a hole
 in the reward model has a fine score. In the pun world the judge says what it is worth; no loss ever sees that.
 
     python ppo.py                                  against runs/reward_model
     python ppo.py --baseline rloo --group_size 4   no critic: four answers a prompt are each other's baseline
+    python ppo.py --lora 8 --lr 1e-3               adapters on one trunk; before: python reward_model.py --lora 8
 """
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import tyro
 
-from common import InputError, Options, Run, adamw, optimizer_step, run, sampler, set_lr, setup
+from common import InputError, Run, TrainOptions, adamw, all_mean, gather, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, describe, encode_records, rates, read_records, show, tokenizer
-from model import load_model, logprobs, save_model
+from lora import Adapted, load_adapter, megabytes, prepare, save
+from model import Scorer, load_model, logprobs
 from puns import world
 
 
 @dataclass(slots=True)
-class Config(Options):
+class Config(TrainOptions):
     out_dir: str = "runs/ppo"
     init: str = "runs/sft/ckpt.pt"              # the policy to start from, and the reference it is leashed to
     reward: str = "runs/reward_model/ckpt.pt"   # the reward model
@@ -62,7 +66,8 @@ class Config(Options):
 # arithmetic: all (B, R) with a bool mask (B, R), True on real tokens
 
 def masked_mean(x, mask):
-    return (x * mask).sum() / mask.sum()
+    """The mean over the real tokens of all processes, as each one's share of it (common.py)."""
+    return (x * mask).sum() / all_mean(mask.sum())
 
 
 def whiten(x, mask, shift_mean=True):
@@ -169,11 +174,12 @@ def make_rollout(policy, value_head, reference, score_fn, prompt, config, genera
     size, as in the update, so that the ratio starts at exactly 1."""
     response, sampled_logp = policy.generate(prompt, config.max_new_tokens, config.temperature, generator=generator)
     mask = response != policy.pad_id                                         # (B, R)
-    pieces = list(zip(prompt.split(config.minibatch_size), response.split(config.minibatch_size), strict=True))
+    share, size = (shard(prompt), shard(response)), len(shard(prompt[:config.minibatch_size]))
+    pieces = list(zip(*(x.split(size) for x in share), strict=True))
     logp, values = (torch.cat(x) for x in zip(*(actor_critic(policy, value_head, *piece, config.temperature) for piece in pieces),
                                               strict=True))
     ref_logp = torch.cat([logprobs(reference, *piece, config.temperature) for piece in pieces])
-    score = score_fn(prompt, response)
+    logp, values, ref_logp, score = (gather(x, len(prompt)) for x in (logp, values, ref_logp, score_fn(*share)))
     ended = (response == policy.config.end_id).any(dim=1)
     if score.dim() == 1:
         score = score - config.end_penalty * ~ended
@@ -195,13 +201,14 @@ def auxiliary_phase(policy, value_head, optimizer, rollouts, config, autocast):
     old = copy.deepcopy(policy)
     for _ in range(config.ppg_epochs):
         for rollout, returns in rollouts:
+            prompt, response, mask = shard(rollout.prompt), shard(rollout.response), shard(rollout.mask)
             with autocast():
-                hidden = policy.hidden(rollout.prompt, rollout.response)
+                hidden = policy.hidden(prompt, response)
                 values, logp = value_head(hidden).squeeze(-1).float(), policy.head(hidden).float().log_softmax(-1)
                 with torch.no_grad():
-                    old_logp = old.logits(rollout.prompt, rollout.response).float().log_softmax(-1)             # (B, R, V)
-            clone = masked_mean((old_logp.exp() * (old_logp - logp)).sum(-1), rollout.mask)
-            loss = clone + 0.5 * masked_mean((values - returns) ** 2, rollout.mask)
+                    old_logp = old.logits(prompt, response).float().log_softmax(-1)                             # (B, R, V)
+            clone = masked_mean((old_logp.exp() * (old_logp - logp)).sum(-1), mask)
+            loss = clone + 0.5 * masked_mean((values - shard(returns)) ** 2, mask)
             optimizer_step(loss, nn.ModuleList([policy, value_head]), optimizer, config.grad_clip)
     return loss.item()
 
@@ -213,7 +220,7 @@ def update(policy, value_head, optimizer, rollout, advantages, returns, config, 
         advantages = whiten(advantages, rollout.mask)
     infos, both = [], nn.ModuleList([policy, value_head])
     for _ in range(config.ppo_epochs):
-        for rows in torch.randperm(len(rollout.prompt)).split(config.minibatch_size):
+        for rows in map(shard, torch.randperm(len(rollout.prompt)).split(config.minibatch_size)):
             prompt, response, mask = rollout.prompt[rows], rollout.response[rows], rollout.mask[rows]
             with autocast():
                 logp, values = actor_critic(policy, value_head, prompt, response, config.temperature, detach)
@@ -246,6 +253,17 @@ def load_prompts(config, name, block_size, device):
     return Batches(encoded, config.batch_size // config.group_size, tokenizer(name).pad_id, device, config.seed)
 
 
+def load_reward_adapter(policy, config):
+    """The reward model that reward_model.py --lora trained, as adapter and head on the policy's trunk."""
+    path = Path(config.reward).with_name("adapter.pt")
+    if not path.exists():
+        raise InputError(f"{path} is not there: with --lora the reward model is an adapter on the policy's trunk; "
+                         f"make it with: python reward_model.py --lora {config.lora} --init {config.init}")
+    likelihood = torch.load(path, map_location="cpu", weights_only=True)["weights"].get("likelihood", 0)
+    scorer = Scorer(policy, likelihood).to(next(policy.parameters()).device)
+    return Adapted(scorer, load_adapter(path, scorer))
+
+
 def check_config(config):
     if config.baseline not in ("critic", "rloo", "grpo"):
         raise InputError(f"--baseline is critic, rloo or grpo, not '{config.baseline}'")
@@ -261,19 +279,19 @@ def train(config, reward_fn=None):
     if config.ppg_interval and config.sample_interval % config.ppg_interval:
         raise InputError("--sample_interval must be a multiple of --ppg_interval: a state is saved between phases, not inside one")
     device, autocast = setup(config)
-    policy, reference = load_model(config.init, device), load_model(config.init, device)
+    policy = load_model(config.init, device)            # in eval mode, like the reference: dropout would move the ratio before any update did
     tok = tokenizer(policy.tokenizer)
     prompts = load_prompts(config, tok.name, policy.config.block_size, device)
-    if reward_fn is None:
-        score_fn = load_model(config.reward, device)
-    else:
+    if reward_fn is not None:
         def score_fn(prompt, response):
             return torch.tensor(reward_fn([tok.decode(row) for row in prompt], [tok.decode(row) for row in response]), device=device)
+    else:
+        score_fn = load_reward_adapter(policy, config) if config.lora else load_model(config.reward, device)
+    prepare(policy, config, "policy")
+    reference = Adapted(policy, None) if config.lora else load_model(config.init, device).requires_grad_(False)
     value_head = nn.Linear(policy.config.n_embd, 1, device=device)
     nn.init.zeros_(value_head.weight)
     nn.init.zeros_(value_head.bias)
-    for model in (policy, reference):      # both in eval mode: dropout would move the ratio before any update did
-        model.requires_grad_(model is policy)
 
     optimizer = adamw(nn.ModuleList([policy, value_head]), config.lr, eps=1e-5)
     generator, kl_coef, replay = sampler(device, config.seed), torch.tensor(config.kl_coef), []
@@ -307,7 +325,9 @@ def train(config, reward_fn=None):
         if (step + 1) % config.sample_interval == 0 or step + 1 == config.max_steps:
             progress.write(show(rows))
 
-    save_model(progress.dir / "ckpt.pt", policy, tokenizer=tok.name, stage="ppo")
+    save(progress.dir / "ckpt.pt", policy, tokenizer=tok.name, stage="ppo")
+    models = [model for model in (policy, value_head, reference, score_fn) if isinstance(model, nn.Module)]
+    print(f"ppo: {megabytes(models, optimizer):.1f} MB of weights, gradients and optimizer state")
     progress.finish()
 
 

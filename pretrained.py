@@ -164,12 +164,8 @@ class JSONEncoding:
         self.tokenizer.no_truncation()
 
     def encode_ordinary(self, text):
-        return self.encode_ordinary_batch([text])[0]
-
-    def encode_ordinary_batch(self, texts, num_threads=0):
         # T5's pieces include its end token: left out, since where a text ends is not for its words to say
-        return [[i for i in encoded.ids if i != self.end_id]
-                for encoded in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [i for i in self.tokenizer.encode(text, add_special_tokens=False).ids if i != self.end_id]
 
     def decode(self, ids):
         first = self.tokenizer.id_to_token(ids[0]) if ids else None

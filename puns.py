@@ -17,11 +17,14 @@ The words live in lexicon/, in plain files that you can read and extend:
     python puns.py judge "About a banker:" " Old bankers never die, they just lose interest."
 """
 
+import collections
 import functools
 import math
 import random
 import re
+import string
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,52 +38,48 @@ KINDS = ("person", "animal", "object")
 MIX = {"pun": 0.30, "mismatch": 0.35, "literal": 0.35}   # what the SFT corpus is made of
 HELD_OUT = 0.15                                          # share of the pun pairs (X, Y) that no training set contains
 SELF = dict(my="myself", your="yourself", his="himself", her="herself", its="itself", our="ourselves", their="themselves")
-VOWEL_BUT_A = re.compile(r"(uni|use|eu|one\b|once\b|ukulele)")    # a unicorn
-CONSONANT_BUT_AN = re.compile(r"(hour|honest|heir|x-ray)")        # an hourglass
+PHRASE_SLOT = re.compile(rf"({'|'.join(FORMS)}) ({'|'.join(SELF)}|X's)")
+AN = re.compile(r"(?!uni|use|eu|one\b|once\b|ukulele)[aeiou]|hour|honest|heir|herb|x-ray", re.I)     # a unicorn, an hourglass
 
 # -----------------------------------------------------------------------------
 # the words
 
-class Thing(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Thing:
     topic: str
     kind: str             # person | animal | object
     name: str             # "loan officer"
     plural: str           # "loan officers"
 
+    @functools.cached_property
     def slots(self):
         """{slot of a frame: what this thing puts there}"""
-        article = "an" if self.name[0].lower() in "aeiou" else "a"
-        if VOWEL_BUT_A.match(self.name.lower()):
-            article = "a"
-        if CONSONANT_BUT_AN.match(self.name.lower()):
-            article = "an"
-        they = "they" if self.kind == "person" else "it"
-        return {"X": self.name, "Xs": self.plural, "a X": f"{article} {self.name}", "A X": f"{article.capitalize()} {self.name}",
-                "they": they, "They": they.capitalize()}
-
-    def whose(self):
-        return "their" if self.kind == "person" else "its"
+        a, (they, whose) = "an" if AN.match(self.name) else "a", ("they", "their") if self.kind == "person" else ("it", "its")
+        return {"X": self.name, "Xs": self.plural, "a X": f"{a} {self.name}", "A X": f"{a.capitalize()} {self.name}",
+                "they": they, "They": they.capitalize(), "X's": whose}
 
 
-class Phrase(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Phrase:
     topic: str            # '' for a literal phrase
     text: str             # "lose interest", verb first and in its base form
     written: str          # the pun word as the text shows it, "interest" ('' for a literal phrase)
     heard: str            # the word that the reader hears: the same, or "soul" for a written "sole"
-    topic_sense: str
-    everyday_sense: str
+    topic_sense: str = ""
+    everyday_sense: str = ""
 
 
-class Frame(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Frame:
     family: str
     takes: str            # person | any
-    text: str
+    text: str             # "I used to be {a X}, but then I {past my}."
+    slot: str             # the slot of its phrase, "past my"
+    form: str             # "past"
+    whose: str            # "my"
 
 
-class Parse(NamedTuple):
-    frame: Frame
-    thing: Thing
-    phrase: Phrase
+Parse = collections.namedtuple("Parse", "frame thing phrase")
 
 
 class Verdict(NamedTuple):
@@ -90,173 +89,146 @@ class Verdict(NamedTuple):
     novel: bool           # ... and this pair was held out of every training set
     parse: Parse | None
 
-    @property
-    def level(self):
-        """What the preferences go by: 0 not fluent or off topic, 1 fluent and on topic, 2 and a pun."""
-        return (1 + self.pun) if self.on_topic else 0
-
 
 def pluralize(noun):
     if re.search(r"(s|x|z|ch|sh)$", noun):
         return noun + "es"
-    if re.search(r"[^aeiou]y$", noun):
-        return noun[:-1] + "ies"
-    return noun + "s"
+    return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
 
 
-def read_lines(path):
-    """Yields ("file:line", text) for each line that is neither blank nor a comment."""
-    try:
-        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip() and not line.startswith("#"):
-                yield f"{path.name}:{n}", line.strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+def expect(condition, reason):
+    """Raises ValueError(reason), which World.read() turns into a mistake with file and line."""
+    if not condition:
+        raise ValueError(reason)
 
 # -----------------------------------------------------------------------------
 # the world
 
 class World:
-    """The lexicon with its grammar (compose, render) and its judge (parse, judge)."""
+    """The lexicon with its grammar (write, render) and its judge (parse, judge)."""
 
     def __init__(self, folder=LEXICON):
         """Reads the lexicon. Raises InputError that lists every mistake as file:line: reason."""
-        self.mistakes, self.things, self.phrases, self.literals, self.frames = [], [], [], [], []
-        self.seen = {}    # what has been defined where, to find it defined twice
-        folder = Path(folder)
-        self.verbs = self.read_verbs(folder / "verbs.txt")
-        for path in sorted(folder.glob("*.txt")):
-            if path.name not in ("frames.txt", "verbs.txt", "literals.txt"):
-                self.read_topics(path)
-        for where, line in read_lines(folder / "literals.txt"):
-            self.add_phrase(where, Phrase("", line, "", "", "", ""))
-        self.read_frames(folder / "frames.txt")
+        self.things, self.phrases, self.literals, self.frames, self.verbs, self.topic = [], [], [], [], {}, ""
+        self.mistakes, self.defined = [], {}      # ["file:line: reason"], {(what, name): "file:line"}
+        files = {"verbs": self.add_verb, "literals": functools.partial(self.add_phrase, ""), "frames": self.add_frame}
+        topics = [path for path in sorted(Path(folder).glob("*.txt")) if path.stem not in files]
+        for path in (Path(folder) / "verbs.txt", *topics, Path(folder) / "literals.txt", Path(folder) / "frames.txt"):
+            self.read(path, files.get(path.stem, self.add_to_topic))
         self.check_topics()
         if self.mistakes:
             raise InputError("the lexicon has mistakes:\n" + "\n".join(self.mistakes))
 
-        self.topic_phrases = {}
-        for phrase in self.phrases:
-            self.topic_phrases.setdefault(phrase.topic, []).append(phrase)
         self.by_name = {thing.name: thing for thing in self.things}
         self.by_prompt = {self.prompt(thing): thing for thing in self.things}
         self.frames_for = {kind: [f for f in self.frames if f.takes == "any" or kind == "person"] for kind in KINDS}
+        self.topic_phrases = {thing.topic: [] for thing in self.things}
+        for phrase in self.phrases:
+            self.topic_phrases[phrase.topic].append(phrase)
         # The held-out pairs are those with the smallest checksums: fixed, and hardly moved by a new word in the lexicon.
-        pairs = [(thing.name, phrase.text) for thing in self.things for phrase in self.topic_phrases[thing.topic]]
-        pairs.sort(key=lambda pair: zlib.crc32("|".join(pair).encode()))
-        self.held_out_list = pairs[:round(HELD_OUT * len(pairs))]
-        self.held_out = frozenset(self.held_out_list)
-        self.train_puns = {thing: [phrase for phrase in self.topic_phrases[thing.topic]
-                                   if (thing.name, phrase.text) not in self.held_out] for thing in self.things}
+        pairs = [(thing, phrase) for thing in self.things for phrase in self.topic_phrases[thing.topic]]
+        pairs.sort(key=lambda pair: zlib.crc32(f"{pair[0].name}|{pair[1].text}".encode()))
+        self.train_puns, self.held_out = {thing: list(self.topic_phrases[thing.topic]) for thing in self.things}, []
+        for thing, phrase in pairs:
+            if len(self.held_out) < round(HELD_OUT * len(pairs)) and len(self.train_puns[thing]) > 1:     # each keeps one to learn
+                self.train_puns[thing].remove(phrase)
+                self.held_out.append((thing, phrase))
         self.build_parser()
 
     # -- reading ----------------------------------------------------------------
 
-    def mistake(self, where, reason):
-        self.mistakes.append(f"{where}: {reason}")
+    def read(self, path, add):
+        """Gives add() each line that is neither blank nor a comment, and notes what it does not like."""
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read: {error}") from None
+        for n, line in enumerate(lines, 1):
+            self.where = f"{path.name}:{n}"
+            if line.strip() and not line.startswith("#"):
+                try:
+                    add(line.strip())
+                except ValueError as error:
+                    self.mistakes.append(f"{self.where}: {error}")
 
-    def define(self, where, what, key):
-        """Notes that `key` is defined here; a second definition is a mistake."""
-        if (what, key) in self.seen:
-            self.mistake(where, f"{what} '{key}' stands already at {self.seen[what, key]}")
-        self.seen.setdefault((what, key), where)
+    def define(self, what, name):
+        """Notes that `name` is defined here; a second definition is a mistake."""
+        expect((what, name) not in self.defined, f"{what} '{name}' stands already at {self.defined.get((what, name))}")
+        self.defined[what, name] = self.where
 
-    def read_verbs(self, path):
-        verbs = {}
-        for where, line in read_lines(path):
-            if len(line.split()) != len(FORMS):
-                self.mistake(where, f"a verb has five forms ({' '.join(FORMS)}), here are {len(line.split())}")
-                continue
-            self.define(where, "verb", line.split()[0])
-            verbs[line.split()[0]] = dict(zip(FORMS, line.split(), strict=True))
-        return verbs
+    def add_verb(self, line):
+        forms = line.split()
+        expect(len(forms) == len(FORMS), f"a verb has five forms ({' '.join(FORMS)}), here are {len(forms)}")
+        self.define("verb", forms[0])
+        self.verbs[forms[0]] = dict(zip(FORMS, forms, strict=True))
 
-    def read_topics(self, path):
-        topic = ""
-        for where, line in read_lines(path):
-            field, _, value = line.partition(" ")
-            value = value.strip()
-            if field == "topic":
-                topic = value
-                self.define(where, "topic", topic)
-            elif not topic:
-                self.mistake(where, "this line stands before the first topic")
-            elif field in KINDS:
-                for item in value.split(","):
-                    name, _, plural = (part.strip() for part in item.partition("/"))
-                    self.define(where, "thing", name)
-                    self.things.append(Thing(topic, field, name, plural or pluralize(name)))
-            elif field == "pun":
-                parts = [part.strip() for part in value.split("|")]
-                marked = re.findall(r"\*(.+?)\*", parts[0])
-                if len(parts) != 3 or not all(parts):
-                    self.mistake(where, "a pun is: phrase with its *pun word* | sense in the topic | everyday sense")
-                elif len(marked) != 1:
-                    self.mistake(where, f"mark one pun word with asterisks, here are {len(marked)}")
-                else:
-                    written, _, heard = marked[0].partition("/")
-                    text = parts[0].replace(f"*{marked[0]}*", written)
-                    self.add_phrase(where, Phrase(topic, text, written, heard or written, parts[1], parts[2]))
-            else:
-                self.mistake(where, f"unknown field '{field}' (known: topic {' '.join(KINDS)} pun)")
+    def add_to_topic(self, line):
+        field, _, value = line.partition(" ")
+        if field == "topic":
+            self.topic = value.strip()
+            return self.define("topic", self.topic)
+        expect(self.topic, "this line stands before the first topic")
+        expect(field in (*KINDS, "pun"), f"unknown field '{field}' (known: topic {' '.join(KINDS)} pun)")
+        if field == "pun":
+            parts = [part.strip() for part in value.split("|")]
+            expect(len(parts) == 3 and all(parts), "a pun is: phrase with its *pun word* | sense in the topic | everyday sense")
+            return self.add_phrase(self.topic, *parts)
+        for item in value.split(","):
+            name, _, plural = (part.strip() for part in item.partition("/"))
+            self.define("thing", name)
+            self.things.append(Thing(self.topic, field, name, plural or pluralize(name)))
 
-    def add_phrase(self, where, phrase):
-        if not re.fullmatch(r"[a-z'-]+( [a-z'-]+)+", phrase.text):
-            self.mistake(where, f"'{phrase.text}' is not a phrase of at least two lower-case words without punctuation")
-        elif phrase.text.split()[0] not in self.verbs:
-            self.mistake(where, f"the frames need all forms of '{phrase.text.split()[0]}': add it to verbs.txt")
-        else:
-            self.define(where, "phrase", phrase.text)
-            (self.phrases if phrase.topic else self.literals).append(phrase)
-            for word in {phrase.written, phrase.heard} - {""}:   # two topics must not claim one pun word
-                self.define(where, "pun word", word)
+    def add_phrase(self, topic, text, *senses):
+        marked = re.findall(r"\*(.+?)\*", text)
+        expect(len(marked) == bool(topic), f"mark {'one' if topic else 'no'} pun word with asterisks, here are {len(marked)}")
+        written, _, heard = "".join(marked).partition("/")
+        text = re.sub(r"\*(.+?)(/.+?)?\*", r"\1", text)
+        verb = text.split(" ")[0]
+        expect(re.fullmatch(r"[a-z'-]+( [a-z'-]+)+", text), f"'{text}' is not two or more lower-case words without punctuation")
+        expect(verb in self.verbs, f"the frames need all forms of '{verb}': add it to verbs.txt")
+        self.define("phrase", text)
+        for word in {written, heard} - {""}:                 # two topics must not claim one pun word
+            self.define("pun word", word)
+        (self.phrases if topic else self.literals).append(Phrase(topic, text, written, heard or written, *senses))
 
-    def read_frames(self, path):
-        slots = {"X", "Xs", "a X", "A X", "they", "They"} | {
-            f"{form} {whose}" for form in FORMS for whose in [*SELF, "X's"]}
-        for where, line in read_lines(path):
-            parts = [part.strip() for part in line.split("|")]
-            if len(parts) != 3 or parts[1] not in ("person", "any"):
-                self.mistake(where, "a frame is: family | person or any | text")
-                continue
-            found = re.findall(r"\{(.*?)\}", parts[2])
-            for slot in set(found) - slots:
-                self.mistake(where, f"unknown slot {{{slot}}} (lexicon/frames.txt explains them)")
-            if sum(" " in s and s[-1] != "X" for s in found) != 1 or not {"X", "Xs", "a X", "A X"} & set(found):
-                self.mistake(where, "a frame needs a slot for the thing and exactly one for the phrase")
-            self.define(where, "frame", parts[2])
-            self.frames.append(Frame(*parts))
+    def add_frame(self, line):
+        parts = [part.strip() for part in line.split("|")]
+        expect(len(parts) == 3 and parts[1] in ("person", "any"), "a frame is: family | person or any | text")
+        slots = [slot for _, slot, _, _ in string.Formatter().parse(parts[2]) if slot is not None]
+        matches = [match for slot in slots if (match := PHRASE_SLOT.fullmatch(slot))]
+        for slot in set(slots) - {"X", "Xs", "a X", "A X", "they", "They", *(match[0] for match in matches)}:
+            raise ValueError(f"unknown slot {{{slot}}} (lexicon/frames.txt explains them)")
+        expect({"X", "Xs", "a X", "A X"} & set(slots) and len(matches) == 1,
+               "a frame needs a slot for the thing and exactly one for the phrase")
+        self.define("frame", parts[2])
+        self.frames.append(Frame(*parts, matches[0][0], *matches[0].groups()))
 
     def check_topics(self):
-        """A phrase whose pun word names a thing of another topic could be claimed by both."""
-        nouns = {word: thing for thing in self.things for word in (thing.name, thing.plural)}
+        """Every topic has things and puns, and no pun word names a thing of another topic: the phrase would belong to both."""
+        topic_of = {noun: thing.topic for thing in self.things for noun in (thing.name, thing.plural)}
         for phrase in self.phrases:
             for word in {phrase.written, phrase.heard}:
-                if word in nouns and nouns[word].topic != phrase.topic:
-                    self.mistake(self.seen["phrase", phrase.text],
-                                 f"'{word}' of topic {phrase.topic} is also a thing of topic {nouns[word].topic}")
-        topics = {what_key[1]: where for what_key, where in self.seen.items() if what_key[0] == "topic"}
-        for topic, where in topics.items():
-            for what, items in (("thing", self.things), ("pun", self.phrases)):
-                if not any(item.topic == topic for item in items):
-                    self.mistake(where, f"topic {topic} has no {what}")
+                if topic_of.get(word, phrase.topic) != phrase.topic:
+                    self.mistakes.append(f"{self.defined['phrase', phrase.text]}: '{word}' of topic {phrase.topic} is also a thing "
+                                         f"of topic {topic_of[word]}")
+        for (what, name), where in self.defined.items():
+            for field, items in (("thing", self.things), ("pun", self.phrases)):
+                if what == "topic" and all(item.topic != name for item in items):
+                    self.mistakes.append(f"{where}: topic {name} has no {field}")
 
     # -- writing ----------------------------------------------------------------
 
     def inflect(self, phrase, form, whose):
+        """("lose one's balance", "past", "my") -> "lost my balance"."""
         verb, _, rest = phrase.text.partition(" ")
-        return re.sub(r"\boneself\b", SELF[whose], re.sub(r"\bone's\b", whose, f"{self.verbs[verb][form]} {rest}"))
+        return f"{self.verbs[verb][form]} {rest}".replace(" one's", f" {whose}").replace(" oneself", f" {SELF[whose]}")
 
     def render(self, frame, thing, phrase):
-        def fill(match):
-            if match[1] in (slots := thing.slots()):
-                return slots[match[1]]
-            form, whose = match[1].split()
-            return self.inflect(phrase, form, thing.whose() if whose == "X's" else whose)
-        return re.sub(r"\{(.*?)\}", fill, frame.text)
+        whose = thing.slots.get(frame.whose, frame.whose)
+        return frame.text.format_map(thing.slots | {frame.slot: self.inflect(phrase, frame.form, whose)})
 
     def prompt(self, thing):
-        return f"About {thing.slots()['a X']}:"
+        return f"About {thing.slots['a X']}:"
 
     def choose_phrase(self, rng, thing, kind):
         """A phrase that makes `thing` a pun | mismatch | literal; never a pair that is held out."""
@@ -268,17 +240,16 @@ class World:
             pass
         return phrase
 
-    def write(self, rng, thing, kind):
-        """A random sentence of one kind about `thing`."""
-        return self.render(rng.choice(self.frames_for[thing.kind]), thing, self.choose_phrase(rng, thing, kind))
+    def write(self, rng, thing, kind, phrase=None):
+        """A random sentence of one kind about `thing`, with this phrase if one is given."""
+        return self.render(rng.choice(self.frames_for[thing.kind]), thing, phrase or self.choose_phrase(rng, thing, kind))
 
     def corpus(self, n, seed, mix=MIX):
         """n records {prompt, completion}: things uniformly, kinds by `mix`."""
         rng = random.Random(seed)
-        kinds = rng.choices(list(mix), weights=mix.values(), k=n)
-        things = rng.choices(self.things, k=n)
+        draws = zip(rng.choices(self.things, k=n), rng.choices(list(mix), weights=mix.values(), k=n), strict=True)
         return [{"prompt": self.prompt(thing), "completion": " " + self.write(rng, thing, kind)}
-                for thing, kind in bar(zip(things, kinds, strict=True), "corpus", n, least=50_000)]
+                for thing, kind in bar(draws, "corpus", n, least=50_000)]
 
     def entropy(self):
         """Mean entropy of a completion given its prompt, in nats: what no language model's loss on the corpus can go below.
@@ -296,22 +267,16 @@ class World:
         """n records {prompt, chosen, rejected}: mostly a pun over a mismatch or a literal, sometimes a fluent text over a
         broken one or one about another thing. A share `noise` of the labels is flipped, as tired people would. With held_out the
         puns are of pairs that no training set contains."""
-        rng = random.Random(seed)
-        records = []
+        rng, records = random.Random(seed), []
         for _ in range(n):
             thing = rng.choice(self.things)
-            better = "pun" if rng.random() < 0.85 else rng.choice(["mismatch", "literal"])
-            worse = rng.choices(["mismatch", "literal", "broken", "off topic"], [0.35, 0.35, 0.15, 0.15])[0]
-            if better != "pun" and worse in ("mismatch", "literal"):
-                worse = "broken"
+            better = rng.choices(["pun", "mismatch", "literal"], [0.85, 0.075, 0.075])[0]
+            worse = rng.choices(["mismatch", "literal", "broken", "off topic"],
+                                [0.35, 0.35, 0.15, 0.15] if better == "pun" else [0, 0, 0.85, 0.15])[0]
+            phrase = None
             if held_out and better == "pun":
-                name, text = rng.choice(self.held_out_list)
-                thing = self.by_name[name]
-                phrase = next(phrase for phrase in self.topic_phrases[thing.topic] if phrase.text == text)
-                chosen = self.render(rng.choice(self.frames_for[thing.kind]), thing, phrase)
-            else:
-                chosen = self.write(rng, thing, better)
-            rejected = self.worsen(rng, thing, better, worse)
+                thing, phrase = rng.choice(self.held_out)
+            chosen, rejected = self.write(rng, thing, better, phrase), self.worsen(rng, thing, better, worse)
             if rng.random() < noise:
                 chosen, rejected = rejected, chosen
             records.append({"prompt": self.prompt(thing), "chosen": " " + chosen, "rejected": " " + rejected})
@@ -319,11 +284,9 @@ class World:
 
     def rankings(self, n, seed):
         """n records {prompt, ranked: [a pun, a fluent text that is none, a broken one or one about another thing]}."""
-        rng = random.Random(seed)
-        records = []
+        rng, records = random.Random(seed), []
         for _ in range(n):
-            thing = rng.choice(self.things)
-            fluent = rng.choice(["mismatch", "literal"])
+            thing, fluent = rng.choice(self.things), rng.choice(["mismatch", "literal"])
             texts = [self.write(rng, thing, "pun"), self.write(rng, thing, fluent),
                      self.worsen(rng, thing, rng.choice(["pun", fluent]), rng.choice(["broken", "off topic"]))]
             records.append({"prompt": self.prompt(thing), "ranked": [" " + text for text in texts]})
@@ -331,73 +294,43 @@ class World:
 
     def worsen(self, rng, thing, kind, how):
         """A text that people like less: of kind `how`, or a text of `kind` that is broken or about another thing."""
-        if how == "broken":
-            return self.damage(rng, self.write(rng, thing, kind))
         if how == "off topic":
-            while (other := rng.choice(self.things)) == thing:
-                pass
-            return self.write(rng, other, kind)
-        return self.write(rng, thing, how)
+            return self.write(rng, rng.choice([other for other in self.things if other != thing]), kind)
+        return self.damage(rng, self.write(rng, thing, kind)) if how == "broken" else self.write(rng, thing, how)
 
     def damage(self, rng, text):
         """The text with a word dropped, doubled or moved, or its end cut off, so that it no longer parses."""
         while True:
             words = text.split()
             i, j = rng.randrange(len(words)), rng.randrange(len(words))
-            kind = rng.choice(["drop", "double", "swap", "cut"])
-            if kind == "drop":
-                del words[i]
-            elif kind == "double":
-                words.insert(i, words[i])
-            elif kind == "swap":
-                words[i], words[j] = words[j], words[i]
-            else:
-                del words[i + 1:]
-            if self.parse(" ".join(words)) is None:
-                return " ".join(words)
+            swapped = [words[{i: j, j: i}.get(k, k)] for k in range(len(words))]
+            damaged = " ".join(rng.choice([words[:i] + words[i + 1:], words[:i + 1] + words[i:], words[:i + 1], swapped]))
+            if self.parse(damaged) is None:
+                return damaged
 
     # -- judging ----------------------------------------------------------------
 
     def build_parser(self):
-        """A regular expression a frame, and a table from each inflected phrase back to the phrase."""
-        def nouns(slot):   # longest first, so that "loan officer" wins over "loan"
-            names = {thing.slots()[slot]: thing for thing in self.things}
-            return "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-
-        self.nouns = {thing.slots()[slot]: thing for thing in self.things for slot in ("X", "Xs", "a X", "A X")}
-        alternatives = {slot: nouns(slot) for slot in ("X", "Xs", "a X", "A X")}
-        self.surfaces, self.patterns = {}, []
-        for frame in self.frames:
-            pattern, position, seen_x = "", 0, False
-            for slot in re.finditer(r"\{(.*?)\}", frame.text):
-                pattern += re.escape(frame.text[position:slot.start()])
-                position = slot.end()
-                if slot[1] in alternatives:
-                    pattern += f"(?:{alternatives[slot[1]]})" if seen_x else f"(?P<x>{alternatives[slot[1]]})"
-                    seen_x = True
-                elif slot[1] in ("they", "They"):
-                    pattern += "(?:[Tt]hey|[Ii]t)"
-                else:
-                    pattern += "(?P<y>.+)"
-                    form, whose = slot[1].split()
-                    self.add_surfaces(form, whose)
-            start = frame.text[:frame.text.index("{")]      # most texts fail at the first look
-            self.patterns.append((frame, form, whose, start, re.compile(pattern + re.escape(frame.text[position:]))))
-
-    def add_surfaces(self, form, whose):
-        if (form, whose) not in self.surfaces:
-            owners = ("their", "its") if whose == "X's" else (whose,)
-            self.surfaces[form, whose] = {self.inflect(phrase, form, owner): phrase
-                                          for phrase in self.phrases + self.literals for owner in owners}
+        """The tables that parse() looks up, from what render() would write: every frame with every thing, and every phrase."""
+        # {before: {after: [(frame, thing, key)]}} and {key: {inflected: phrase}}, key = (form, whose)
+        self.shells, self.phrase_of = {}, {}
+        for thing in self.things:
+            for frame in self.frames_for[thing.kind]:
+                key = frame.form, thing.slots.get(frame.whose, frame.whose)
+                before, _, after = frame.text.format_map(thing.slots | {frame.slot: "\0"}).partition("\0")
+                self.shells.setdefault(before, {}).setdefault(after, []).append((frame, thing, key))
+                if key not in self.phrase_of:
+                    self.phrase_of[key] = {self.inflect(phrase, *key): phrase for phrase in self.phrases + self.literals}
 
     def parse(self, text):
         """The (frame, thing, phrase) that the text was written from, or None."""
-        for frame, form, whose, start, pattern in self.patterns:
-            if text.startswith(start) and (match := pattern.fullmatch(text)):
-                thing, phrase = self.nouns[match["x"]], self.surfaces[form, whose].get(match["y"])
-                # Rendering it again checks what the pattern leaves open: pronouns, possessives, what each frame takes.
-                if phrase and frame in self.frames_for[thing.kind] and self.render(frame, thing, phrase) == text:
-                    return Parse(frame, thing, phrase)
+        cuts = [match.start() for match in re.finditer(r"\b", text)]      # a phrase starts at one of them and ends at another
+        for start in cuts:
+            if afters := self.shells.get(text[:start]):
+                for end in cuts:
+                    for frame, thing, key in afters.get(text[end:], ()):
+                        if phrase := self.phrase_of[key].get(text[start:end]):
+                            return Parse(frame, thing, phrase)
         return None
 
     def judge(self, prompt, text):
@@ -406,8 +339,7 @@ class World:
         if parse is None:
             return Verdict(False, False, False, False, None)
         pun = parse.thing.topic == parse.phrase.topic
-        return Verdict(True, self.prompt(parse.thing) == prompt, pun,
-                       pun and (parse.thing.name, parse.phrase.text) in self.held_out, parse)
+        return Verdict(True, self.prompt(parse.thing) == prompt, pun, pun and (parse.thing, parse.phrase) in self.held_out, parse)
 
 
 @functools.lru_cache(maxsize=1)
@@ -420,19 +352,14 @@ def world():
 
 def check():
     """Check the lexicon: fields, duplicates, verb forms, claims of two topics, and that every sentence parses back."""
-    w = World()
-    rng = random.Random(0)
-    for thing in bar(w.things, "things"):
-        for frame in w.frames_for[thing.kind]:
-            for phrase in (rng.choice(w.phrases), rng.choice(w.literals)):
-                text = w.render(frame, thing, phrase)
-                if w.parse(text) != (frame, thing, phrase):
-                    raise InputError(f"ambiguous: '{text}' also reads as {w.parse(text)}")
-    for phrase in bar(w.phrases + w.literals, "phrases"):
-        for frame in w.frames:
-            thing = rng.choice([t for t in w.things if frame in w.frames_for[t.kind]])
-            if w.parse(text := w.render(frame, thing, phrase)) != (frame, thing, phrase):
-                raise InputError(f"ambiguous: '{text}' also reads as {w.parse(text)}")
+    w, rng = World(), random.Random(0)
+    for frame in bar(w.frames, "frames"):
+        things = [thing for thing in w.things if frame in w.frames_for[thing.kind]]
+        pairs = [(thing, rng.choice(some)) for thing in things for some in (w.phrases, w.literals)]
+        pairs += [(rng.choice(things), phrase) for phrase in w.phrases + w.literals if things]
+        for thing, phrase in pairs:
+            if (parse := w.parse(text := w.render(frame, thing, phrase))) != (frame, thing, phrase):
+                raise InputError(f"ambiguous: '{text}' also reads as {parse}")
     two = sum(phrase.written != phrase.heard for phrase in w.phrases)
     print(f"{len(w.topic_phrases)} topics, {len(w.things)} things, {len(w.phrases)} pun phrases ({two} of them heterographic), "
           f"{len(w.literals)} literal phrases, {len(w.frames)} frames in {len({f.family for f in w.frames})} families")
@@ -449,8 +376,8 @@ def sample(n: int = 20, kind: str = "pun", seed: int = 0):
         thing = rng.choice(w.things)
         text = w.write(rng, thing, kind)
         phrase = w.parse(text).phrase
-        note = f"{phrase.written}/{phrase.heard}" if phrase.heard != phrase.written else phrase.written
-        print(f"{text}" + (f"   [{note}: {phrase.topic_sense}; {phrase.everyday_sense}]" if kind == "pun" else ""))
+        word = phrase.written if phrase.heard == phrase.written else f"{phrase.written}/{phrase.heard}"
+        print(f"{text}" + (f"   [{word}: {phrase.topic_sense}; {phrase.everyday_sense}]" if kind == "pun" else ""))
 
 
 def judge(prompt: tyro.conf.Positional[str], text: tyro.conf.Positional[str]):

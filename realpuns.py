@@ -2,15 +2,17 @@
 Puns that people wrote and rated (SemEval-2017 task 7, ExPUNations): the record, and what can be trained on it.
 
     completion(pun)            prompt and pun, for supervised fine-tuning
-    rated_pairs(puns)          texts that the same people rated, the funnier one first
-    detection_pairs(puns)      a pun and a text of its kind and length that is none
-    depun(pun)                 the pun without its pun: `I knead dough.` is `I need dough.`
+    preferences(puns)          comparisons for the reward model, of three sources:
+      rated_pairs(puns)        texts that the same people rated, the funnier one first
+      detection_pairs(puns)    a pun and a text of its kind and length that is none
+      depun(pun)               the pun without its pun: `I knead dough.` is `I need dough.`
 
 corpora.py loads them. Both sets are for non-commercial use, and so is what was trained on them.
 """
 
 import collections
 import itertools
+import random
 import re
 from typing import NamedTuple
 
@@ -108,17 +110,25 @@ def lemmas(pun_word, first, second):
 # -----------------------------------------------------------------------------
 # completions and preference pairs
 
-def pun_prompt(pun):
-    """What asks for this pun: `A pun on knead (need):`, or `A pun on interest:` where only the one word is known."""
-    return f"A pun on {pun.pun_word}" + (f" ({pun.alt_word})" if pun.alt_word else "") + ":"
+PROMPT = "A pun:"    # of a text that comes without a prompt
 
 
 def completion(pun):
-    return {"prompt": pun_prompt(pun), "completion": " " + pun.text}
+    """Asks for this pun by its word: `A pun on knead (need):`, or `A pun on interest:` where only the one word is known."""
+    return {"prompt": f"A pun on {pun.pun_word}" + f" ({pun.alt_word})" * bool(pun.alt_word) + ":", "completion": " " + pun.text}
 
 
-def preference(prompt, chosen, rejected, **more):
-    return {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected, **more}
+def preferences(puns, n=20_000, seed=0, min_margin=0.4):
+    """About n comparisons of texts, all under one prompt: half of them from raters, if there are any; two fifths of puns over
+    non-puns, a tenth of puns over their twins. They carry margin and share for the reward model's loss."""
+    rng = random.Random(seed)
+    sources = [(0.5, [(a.text, b.text, margin, share) for a, b, margin, share in rated_pairs(puns, min_margin)]),
+               (0.4, [(a.text, b.text, 1.0, 1.0) for a, b in detection_pairs(puns)]),
+               (0.1, [(pun.text, depun(pun), 1.0, 1.0) for pun in puns if depun(pun) not in ("", pun.text)])]
+    picked = [pair for share, pairs in sources for pair in rng.sample(pairs, min(len(pairs), round(share * n)))]
+    rng.shuffle(picked)
+    return [{"prompt": PROMPT, "chosen": " " + a, "rejected": " " + b, "margin": margin, "share": max(share, 0.5)}
+            for a, b, margin, share in picked]
 
 
 def rated_pairs(puns, min_margin=0.8):

@@ -1,7 +1,8 @@
 """
 Stage 2a, the reward model: from comparisons by people to one number for each text.
 
-    1. start from the SFT model: it knows the language; put a scalar head on the state that has read the end token
+    1. start from the SFT model: it knows the language; put a scalar head on the state that has read the end token, and let the
+       text's own log-prob count (model.py's Scorer says why)
     2. take a batch of prompts, each with K completions ranked by people, best first (K = 2: chosen and rejected)
     3. Bradley-Terry: P(a beats b) = sigmoid(r_a - r_b); loss = -logsigmoid(r_a - r_b), mean over all K (K - 1) / 2 pairs
     4. optimizer step; measure accuracy and calibration on held-out comparisons
@@ -12,6 +13,7 @@ Only differences of scores mean something; never call them funniness.
 
     python reward_model.py                              pairs of the pun world
     python reward_model.py --loss ranking               three texts a prompt
+    python reward_model.py label                        shows pairs, asks which is funnier, and writes your answers to mine.jsonl
     python reward_model.py --data mine.jsonl            your own records {"prompt": ..., "chosen": ..., "rejected": ...}
 """
 
@@ -21,45 +23,50 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Muon, Options, Run, optimizer_step, run, sampler, set_lr, setup
+from common import InputError, Run, TrainOptions, adamw, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, generate, read_records, tokenizer
-from model import Scorer, load_model, save_model
+from label import label
+from lora import prepare, save
+from model import Scorer, load_model
 from puns import world
 
 
 @dataclass(slots=True)
-class Config(Options):
+class Config(TrainOptions):
     out_dir: str = "runs/reward_model"
     init: str = "runs/sft/ckpt.pt"  # the language model to start from
-    data: str = ""              # JSONL of comparisons; '' is the pun world
-    corpus_size: int = 80_000   # how many comparisons of the pun world to draw
+    data: str = ""              # a file of comparisons (formats: corpora.py); '' is the pun world
+    corpus_size: int = 20_000   # how many comparisons of the pun world to draw
     noise: float = 0.0          # share of the pun world's labels that are flipped
     loss: str = "pairwise"      # pairwise, ranking (of K) or regression (on ratings)
     margin: float = 0.0         # weight of a record's margin in the loss; 0 ignores it
     centering: float = 0.0      # weight of a pull of each pair's mean score towards zero
+    likelihood: float = 0.3     # how much a text's log-prob counts in its score at the start (it is learned); 0: not at all
     batch_size: int = 64        # records; each has K texts
-    max_steps: int = 1000
-    lr: float = 5e-3
-    warmup_steps: int = 50
+    max_steps: int = 300
+    lr: float = 4e-4
+    warmup_steps: int = 30
     weight_decay: float = 0.01
     grad_clip: float = 1.0
-    eval_interval: int = 250
+    eval_interval: int = 100
     log_interval: int = 20
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
 
 # -----------------------------------------------------------------------------
 # the losses
 
-def ranking_loss(scores, margin=0.0, centering=0.0):
+def ranking_loss(scores, margin=0.0, centering=0.0, share=1.0):
     """Bradley-Terry over all pairs of K ranked texts, Eq. 1 of https://arxiv.org/abs/2203.02155. scores (B, K), best first.
 
     margin (B,) or a number asks for that lead (Llama 2); centering pulls r_a + r_b towards 0 (arXiv 2312.09244), since
-    Bradley-Terry itself does not say where zero is."""
+    Bradley-Terry itself does not say where zero is. share (B,) or a number: how many of the raters agree with the order, a soft
+    label; .5 is a tie, whose loss is least where both scores are equal."""
     better, worse = torch.triu_indices(scores.size(1), scores.size(1), offset=1, device=scores.device)
     a, b = scores[:, better], scores[:, worse]                               # (B, K (K - 1) / 2)
-    margin = margin[:, None] if torch.is_tensor(margin) else margin
+    margin, share = (x[:, None] if torch.is_tensor(x) else x for x in (margin, share))
     # logsigmoid, never log(sigmoid): that is -inf from a gap of -89 on, and its gradient NaN
-    return (-F.logsigmoid(a - b - margin) + centering * (a + b) ** 2).mean()
+    lost = -share * F.logsigmoid(a - b - margin) - (1 - share) * F.logsigmoid(b - a + margin)
+    return (lost + centering * (a + b) ** 2).mean()
 
 
 def regression_loss(scores, ratings):
@@ -88,6 +95,9 @@ def evaluate(scorer, batches, fields, autocast):
     if len(fields) == 1:
         ratings = batches.encoded["rating"]
         return {"val_mse": regression_loss(scores[:, 0], ratings).item(), "spearman": spearman(scores[:, 0], ratings)}
+    if "share" in batches.encoded:                                            # a tie has no right order
+        decided = batches.encoded["share"] > 0.5
+        scores = scores[decided] if decided.any() else scores
     better, worse = torch.triu_indices(len(fields), len(fields), offset=1)
     gap = (scores[:, better] - scores[:, worse]).flatten()
     right, sure = (gap > 0).float(), gap.abs().sigmoid()                      # sure: the probability of its own verdict, .5 to 1
@@ -102,15 +112,13 @@ def spearman(x, y):
     return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()       # 0 if all are equal
 
 
-def load_comparisons(config):
+def load_comparisons(config, tok, block_size):
     """Training and held-out records, and which fields of them hold the texts, best first."""
     shape = {"pairwise": "preference", "ranking": "ranking", "regression": "rating"}.get(config.loss)
     if shape is None:
         raise InputError(f"--loss is pairwise, ranking or regression, not '{config.loss}'")
     if config.data:
-        records = read_records(config.data, shape)
-        held_out = max(1, min(len(records) // 10, 1000))
-        train_records, val_records = records[:-held_out], records[-held_out:]
+        train_records, val_records = read_records(config.data, shape, tok, block_size, held_out=0.1)
     elif shape == "preference":
         train_records = world().preferences(config.corpus_size, config.seed, config.noise)
         val_records = world().preferences(2000, config.seed + 1, held_out=True)
@@ -130,33 +138,34 @@ def train(config):
     device, autocast = setup(config)
     model = load_model(config.init, device)
     name, tok = model.tokenizer, tokenizer(model.tokenizer)
-    scorer = Scorer(model).to(device)
+    scorer = Scorer(model, config.likelihood).to(device)
     sets, fields = [], None
-    *records, fields = load_comparisons(config)
+    *records, fields = load_comparisons(config, tok, model.config.block_size - 1)
     for part in records:
         encoded = encode_records(part, name, ["prompt", *fields], model.config.block_size - 1, config.data or "the pun world")
-        for number in ("margin", "rating"):
+        for number, default in (("margin", 0), ("share", 1), ("rating", 0)):
             if any(number in record for record in part):
-                encoded[number] = torch.tensor([float(record.get(number, 0)) for record in part])
+                encoded[number] = torch.tensor([float(record.get(number, default)) for record in part])
         sets.append(encoded)
     batches = Batches(sets[0], config.batch_size, tok.pad_id, device, config.seed)
     val = Batches(sets[1], 1, tok.pad_id, device, 0)
     print(f"reward_model: {sum(p.numel() for p in scorer.parameters()) / 1e6:.2f} M parameters, "
           f"{len(records[0])} records of {len(fields)} texts, {device}")
 
+    prepare(scorer, config, "reward")
     scorer.train()
-    optimizer = Muon(scorer, config.lr, config.weight_decay)
+    optimizer = adamw(scorer, config.lr, config.weight_decay)
     forward = torch.compile(score_all, dynamic=True) if config.compile else score_all
     progress = Run("reward_model", config, config.max_steps)
     for step in progress.steps(config.eval_interval, scorer=scorer, optimizer=optimizer, batches=batches):
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
-        batch = batches.next()
+        batch = shard(batches.next())
         with autocast():
             scores = forward(scorer, batch, fields)                            # (B, K)
         if config.loss == "regression":
             loss = regression_loss(scores[:, 0], batch["rating"])
         else:
-            loss = ranking_loss(scores, config.margin * batch.get("margin", 0.0), config.centering)
+            loss = ranking_loss(scores, config.margin * batch.get("margin", 0.0), config.centering, batch.get("share", 1.0))
         norm = optimizer_step(loss, scorer, optimizer, config.grad_clip)
         last = step + 1 == config.max_steps
         if step % config.log_interval == 0 or last:
@@ -170,7 +179,7 @@ def train(config):
     with torch.no_grad(), autocast():
         written = generate(load_model(config.init, device), tok, prompts, sampler(device, config.seed), autocast)
         scorer.normalize(torch.cat([scorer(prompt, response) for prompt, response in written]).float().cpu())
-    save_model(progress.dir / "ckpt.pt", scorer, tokenizer=name, stage="reward_model")
+    save(progress.dir / "ckpt.pt", scorer, tokenizer=name, stage="reward_model")
     progress.finish()
 
 
@@ -185,4 +194,4 @@ def score_texts(scorer, tok, prompts, texts, autocast):
 
 
 if __name__ == "__main__":
-    run(lambda: train(tyro.cli(Config)))
+    run(lambda: train(tyro.cli(Config)), label=label)

@@ -19,30 +19,32 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from common import Muon, Options, Run, optimizer_step, run, sampler, set_lr, setup
+from common import Muon, Run, TrainOptions, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
 from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
-from model import ModelConfig, build_model, load_model, logprobs, save_model
+from lora import prepare, save
+from model import ModelConfig, build_model, load_model, logprobs
 from puns import world
 
 
 @dataclass(slots=True)
-class Config(Options):
+class Config(TrainOptions):
     out_dir: str = "runs/sft"
-    data: str = ""              # JSONL of prompt and completion; '' is the pun world
-    corpus_size: int = 400_000  # how many records of the pun world to write
+    data: str = ""              # a file of texts (formats: corpora.py); '' is the pun world
+    corpus_size: int = 512_000  # how many records of the pun world to write
     init: str = ""              # checkpoint to start from; '' starts from random weights
     tokenizer: str = "puns"     # puns or gpt2; a checkpoint has its own
     arch: str = "gpt"           # gpt, palm or t5, and the size below, if it starts from random weights
     n_layer: int = 2
     n_head: int = 6
     n_embd: int = 192
+    n_inner: int = 384          # width of the feed-forward layers; 0 is 4 n_embd
     block_size: int = 48        # longest prompt + completion, in tokens
     dropout: float = 0.0
     batch_size: int = 128
-    max_steps: int = 3600
+    max_steps: int = 4000
     lr: float = 9e-3            # the highest rate; linear warm-up, then linearly down to zero
     warmup_steps: int = 100
-    weight_decay: float = 0.1
+    weight_decay: float = 0.0   # one pass over an endless corpus cannot overfit
     grad_clip: float = 1.0
     eval_interval: int = 500
     log_interval: int = 25
@@ -53,7 +55,7 @@ def loss_of(model, batch):
     """Mean cross-entropy of the completion's tokens. Returns (loss, nats of each completion (B,))."""
     logp = logprobs(model, batch["prompt"], batch["completion"])               # (B, R), 0 on pads
     mask = batch["completion"] != model.pad_id                                 # (B, R)
-    return -logp.sum() / mask.sum(), -logp.sum(dim=1)
+    return -logp.sum() / all_mean(mask.sum()), -logp.sum(dim=1)
 
 
 @torch.no_grad()
@@ -75,12 +77,11 @@ def train(config):
         name, tok = config.tokenizer, tokenizer(config.tokenizer)
         model = build_model(ModelConfig(
             arch=config.arch, vocab_size=tok.vocab_size, end_id=tok.end_id, start_id=tok.end_id, block_size=config.block_size,
-            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, dropout=config.dropout)).to(device)
+            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_inner=config.n_inner,
+            dropout=config.dropout)).to(device)
     tok = tokenizer(name)
     if config.data:
-        records = read_records(config.data, "completion")
-        held_out = max(1, min(len(records) // 10, 1000))
-        records, val_records = records[:-held_out], records[-held_out:]
+        records, val_records = read_records(config.data, "completion", tok, model.config.block_size, held_out=0.1)
     else:
         records, val_records = (world().corpus(n, seed) for n, seed in ((config.corpus_size, config.seed), (2000, config.seed + 1)))
     where = config.data or "the pun world"
@@ -91,6 +92,7 @@ def train(config):
     print(f"sft: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(records)} records, {device}{floor}")
 
     # -- training
+    prepare(model, config, "sft")
     model.train()
     optimizer, generator = Muon(model, config.lr, config.weight_decay), sampler(device, config.seed)
     forward = torch.compile(loss_of, dynamic=True) if config.compile else loss_of
@@ -98,7 +100,7 @@ def train(config):
     for step in progress.steps(config.eval_interval, model=model, optimizer=optimizer, batches=batches, generator=generator):
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
         with autocast():
-            loss, nats = forward(model, batches.next())
+            loss, nats = forward(model, shard(batches.next()))
         norm = optimizer_step(loss, model, optimizer, config.grad_clip)
         last = step + 1 == config.max_steps
         if step % config.log_interval == 0 or last:
@@ -108,7 +110,7 @@ def train(config):
             progress.log(val_nats=evaluate(model, val, autocast), **rates(rows))
             progress.write(show(rows))
 
-    save_model(progress.dir / "ckpt.pt", model, tokenizer=name, stage="sft")
+    save(progress.dir / "ckpt.pt", model, tokenizer=name, stage="sft")
     progress.finish()
 
 

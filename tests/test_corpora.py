@@ -12,9 +12,9 @@ import pytest
 import corpora
 import fetch
 import realpuns
-import twins
 from common import InputError
-from corpora import load
+from corpora import load, read_records
+from data import tokenizer
 from realpuns import Pun, depun, detokenise, inflect
 
 # Texts of our own, in the formats of the originals. (id, tokens, pun word's index or None, two meanings or None)
@@ -329,7 +329,6 @@ def test_shp(tmp_path):
         "more than 5 pairs of one post": 2,
         "an answer is empty": 1,
     }
-    assert len(load(path, min_ratio=1, max_per_post=9).records) == 8
     refuses("train.json:1: 'labels' is 1", jsonl(path, shp(labels=2)))
     refuses("'score_ratio' is not a number", jsonl(path, shp(score_ratio="4")))
 
@@ -358,7 +357,6 @@ def test_openai(tmp_path):
         "chosen": " Loaf is hard.",
         "rejected": " Rise.",
     }
-    assert len(load(path, split="valid1").records) == 1
     # 12 words around and in the post, 3 words and an end in the longer answer: two lines do not fit 14, one does
     assert (
         load(path, block_size=14).records[0]["prompt"] == "SUBREDDIT: r/bread\n\nTITLE: On {puns}\n\nPOST: First {line}.\n\nTL;DR:"
@@ -468,7 +466,6 @@ def test_text(tmp_path):
         [{"prompt": "A pun:", "completion": " I loaf you."}, {"prompt": "A pun:", "completion": " Rise and shine."}],
         {},
     )
-    assert load(path, prompt="About bread:").records[0]["prompt"] == "About bread:"
 
 
 # -----------------------------------------------------------------------------
@@ -484,8 +481,9 @@ def test_group_finds_twins_and_no_template():
         "OLD LANTERNS NEVER DIE -- they just lose their glow!",
         "Something else entirely.",
     ]
-    assert twins.group([[text] for text in texts]) == [0, 0, 2, 3, 2, 5]
-    assert twins.group([]) == [] and twins.group([[""], ["a"]]) == [0, 1]
+    assert corpora.group([[text] for text in texts]) == [0, 0, 2, 3, 2, 5]
+    assert corpora.group([]) == [] and corpora.group([[""], ["a"]]) == [0, 1]
+    assert corpora.group([["a b"], ["c d"], ["a b"], ["e f", "c d"]]) == [0, 1, 0, 1]  # the same text in two records
 
 
 def test_prefix_filter_misses_nothing():
@@ -505,7 +503,7 @@ def test_prefix_filter_misses_nothing():
         if near(sets[i], sets[j]):
             a, b = sorted((numbers[i], numbers[j]))
             numbers = [a if n == b else n for n in numbers]
-    assert twins.group([[text] for text in texts], 0.7) == numbers
+    assert corpora.group([[text] for text in texts], 0.7) == numbers
 
 
 def test_split_keeps_twins_together():
@@ -514,11 +512,11 @@ def test_split_keeps_twins_together():
         for i in range(200)
         for twin in (0, 1)
     ]
-    train, test = twins.split(records)
+    train, test = corpora.split(records)
     assert len(train) + len(test) == 400 and len(test) == 40
     assert not {r["completion"].split()[1] for r in train} & {r["completion"].split()[1] for r in test}
-    assert twins.split(records) == (train, test) and twins.split(records, seed=1)[1] != test
-    assert {r["completion"] for r in twins.split(records[::-1])[1]} == {r["completion"] for r in test}  # whatever the order
+    assert corpora.split(records) == (train, test) and corpora.split(records, seed=1)[1] != test
+    assert {r["completion"] for r in corpora.split(records[::-1])[1]} == {r["completion"] for r in test}  # whatever the order
 
 
 def test_split_by_long_prompts():
@@ -533,7 +531,70 @@ def test_split_by_long_prompts():
         "chosen": " Throw everything away; buy fresh yeast from any supermarket instead, honestly.",
         "rejected": " Never mind.",
     }
-    assert twins.group([twins.texts_of(record) for record in (pair, other)]) == [0, 0]
+    assert corpora.group([corpora.texts_of(record) for record in (pair, other)]) == [0, 0]
+
+
+# -----------------------------------------------------------------------------
+# the one door
+
+
+def write_expun(folder, n=40):
+    """SemEval's and ExPUNations' files of n puns and n / 2 others of our own, the latter beside the former."""
+    HET[3:] = [(f"het_{i}", f"My {w} number{i} thing{i} likes to knead dough{i} .", 6, "knead%2:35:00:: need%2:42:00::")
+               for i, w in enumerate(["cat", "dog"] * (n // 2))]
+    HET.extend((f"het_{n + i}", f"My plain sentence{i} about nothing{i} has no need of word{i} .", None, None) for i in range(n // 2))
+    semeval = write_semeval(folder / "semeval")
+    del HET[3:]
+    rows = [rating(f"het_{i}", [i % 5, (i + 1) % 5, 1, 0, i % 3]) for i in range(n)]
+    (folder / "expun").mkdir()
+    (folder / "expun" / "expunations_annotated_full.json").write_text(json.dumps(rows))
+    return semeval, folder / "expun"
+
+
+def test_puns_become_what_a_stage_takes(tmp_path, capsys):
+    semeval, expun = write_expun(tmp_path)
+    sft_records = read_records(semeval, "completion")
+    assert {"prompt": "A pun on knead (need):", "completion": " Bakers knead dough."} in sft_records and len(sft_records) == 44
+    assert read_records(expun, "rating")[0] == {"prompt": "A pun:", "completion": " My cat number0 thing0 likes to knead dough0.", "rating": 0.4}
+    for path, kinds in ((expun, {"rated", "twin"}), (semeval, {"twin"})):        # expun finds semeval beside it
+        pairs = read_records(path, "preference")
+        found = {"twin" if "need" in pair["rejected"] and pair["rejected"].replace("need", "knead") == pair["chosen"] else "rated" for pair in pairs}
+        assert {pair["prompt"] for pair in pairs} == {"A pun:"} and found >= kinds
+    known, test = read_records(expun, "preference", held_out=0.2)
+    assert not {pair["chosen"] for pair in known} & {pair[side] for pair in test for side in ("chosen", "rejected")} and len(test) > 9
+    shape = "completion", tokenizer("puns"), 20
+    assert len(read_records(semeval, *shape)) < 44                               # what does not fit is left out and counted ...
+    assert "records: with their prompt longer than the block of 20 tokens" in capsys.readouterr().out
+    jsonl(tmp_path / "hh.jsonl", *[{"chosen": dialogue("hi", "Hello" + " there" * i), "rejected": dialogue("hi", "Hey")} for i in range(60)])
+    assert len(read_records(tmp_path / "hh.jsonl", *shape)) < 40                 # ... for all public formats
+    assert "records: longer than the block of 20 tokens" in capsys.readouterr().out
+
+
+def test_other_shapes_by_hand(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", {"prompt": "p", "chosen": " a", "rejected": " b", "margin": 1})
+    assert read_records(path, "completion") == [{"prompt": "p", "completion": " a"}] and read_records(path, "prompt") == [{"prompt": "p"}]
+    jsonl(path, *({"prompt": p, "completion": text, "label": good} for p, text, good in (
+        ("p", " a", True), ("p", " b", False), ("p", " c", False), ("q", " d", True), ("p", " e", True), ("p", " f", True))))
+    assert read_records(path, "preference") == [{"prompt": "p", "chosen": " a", "rejected": " b"}, {"prompt": "p", "chosen": " e", "rejected": " c"}]
+    assert [record["completion"] for record in read_records(path, "completion")] == [" a", " d", " e", " f"]
+    for shape in ("rating", "ranking"):
+        with pytest.raises(InputError, match="a.jsonl: no records of prompt .*; it has prompt . completion . label"):
+            read_records(path, shape)
+    with pytest.raises(InputError, match="a.jsonl:1: longer than the block"):
+        read_records(path, "completion", tokenizer("puns"), 2)
+
+
+def test_what_is_held_out_has_no_twin_in_training(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"Pun number{i} of baker{i}{', again' * twin}.\n" for i in range(50) for twin in (0, 1)))
+    known, test = read_records(path, "completion", held_out=0.1)
+    assert (len(known), len(test)) == (90, 10)
+    assert not {record["completion"].split()[1] for record in known} & {record["completion"].split()[1] for record in test}
+    path.write_text("the same line again\n" * 20)                               # no two groups: the last ones
+    assert [len(part) for part in read_records(path, "completion", held_out=0.1)] == [18, 2]
+    many = [{"prompt": "p", "completion": f" text {i // 2}"} for i in range(20_010)]      # too many to compare: equal texts stay together
+    known, test = corpora.split(many)
+    assert not {record["completion"] for record in known} & {record["completion"] for record in test} and abs(len(test) - 2001) < 3
 
 
 # -----------------------------------------------------------------------------

@@ -4,15 +4,19 @@ import collections
 import json
 import math
 import random
+import re
 import shutil
 
 import pytest
 import torch
-from conftest import CPU, toy
+from conftest import CPU, ROOT, toy
 
+import compare
 import evaluate
+import sft
+from common import InputError
 from evaluate import best_of, best_of_n_kl, interval, least_kl, markdown, self_bleu, summarize, training_curve
-from model import Scorer, load_model, save_model
+from model import ModelConfig, Scorer, build_model, load_model, save_model
 
 
 def test_least_kl():
@@ -107,7 +111,7 @@ def runs(tmp_path_factory, sft_ckpt):
     shutil.copy(sft_ckpt, folder / "sft" / "ckpt.pt")
     torch.manual_seed(0)
     save_model(folder / "reward_model" / "ckpt.pt", Scorer(load_model(sft_ckpt)), tokenizer="puns")
-    save_model(folder / "ppo" / "ckpt.pt", toy(vocab_size=3072, end_id=3071, start_id=3071, block_size=48), tokenizer="puns")
+    save_model(folder / "ppo" / "ckpt.pt", toy(vocab_size=4096, end_id=4095, start_id=4095, block_size=48), tokenizer="puns")
     (folder / "ppo" / "metrics.jsonl").write_text('{"step": 1, "pun": 0.1, "kl": 0.5, "score": 0.2}\n')
     config = evaluate.Config(out_dir=str(folder), reference=str(folder / "sft" / "ckpt.pt"), reward=str(folder / "reward_model" / "ckpt.pt"),
                              samples=12, best_of=(2, 4), **CPU)
@@ -139,3 +143,35 @@ def test_the_same_seed_gives_the_same_report(runs):
     again = json.loads(json.dumps(evaluate.evaluate(config)))
     assert json.dumps(again) == json.dumps(first)
     assert markdown(again, "x") == markdown(first, "x")
+
+# -----------------------------------------------------------------------------
+# compare.py
+
+def test_the_table_of_architectures(tmp_path, capsys):
+    """Two seeds of gpt with 25 % and 50 % puns: 37.5 (25.0 to 50.0); one of t5, without a judge."""
+    for name, pun in (("gpt-1", .25), ("gpt-2", .5), ("t5-1", None)):
+        folder = tmp_path / name
+        (folder / "sft").mkdir(parents=True)
+        save_model(folder / "sft" / "ckpt.pt", toy())
+        row = dict(policy="ppo", pun=pun, on_topic=1.0, fluent=1.0, novel=0.0, kl=1.0, score=-.5, distinct=1.0)
+        (folder / "report.json").write_text(json.dumps({"rows": [row]}))
+    compare.main(tmp_path)
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert lines[2].startswith("| gpt, 0.01 M | ppo | 2 | 37.5 (25.0 to 50.0) | 100.0 (100.0 to 100.0) |")
+    assert lines[3].startswith("| t5, 0.01 M | ppo | 1 | - | 100.0 |") and "| -0.50 |" in lines[3]
+    with pytest.raises(InputError, match="make compare"):
+        compare.main(tmp_path / "gpt-1")
+
+
+def test_the_architectures_that_are_compared_are_equally_large(tok):
+    """Within 5 % of the default gpt, at the widths that the Makefile gives to make compare."""
+    makefile = (ROOT / "Makefile").read_text()
+
+    def parameters(arch, **sizes):
+        default = sft.Config()
+        sizes = dict(n_layer=default.n_layer, n_head=default.n_head, n_embd=default.n_embd, block_size=default.block_size) | sizes
+        return sum(p.numel() for p in build_model(ModelConfig(arch=arch, vocab_size=tok.vocab_size, **sizes)).parameters())
+    for arch in ("palm", "t5"):
+        options = re.search(rf"^WIDTH_{arch} *:= *(.*)$", makefile, re.M)[1].replace("--", "").split()
+        sizes = {name: int(value) for name, value in zip(options[::2], options[1::2], strict=True)}
+        assert parameters(arch, **sizes) == pytest.approx(parameters("gpt"), rel=0.05), arch

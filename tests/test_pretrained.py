@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from test_model import close, make
 
 from common import InputError
-from data import Tokenizer, tokenizer
+from data import Tokenizer, encode_records, tokenizer
+from dpo import sum_logprobs
 from model import Scorer, load_model, logprobs, save_model
 from pretrained import HUB, export, is_transposed, load_pretrained, their_name
 
@@ -207,3 +209,27 @@ def test_download_cache_and_no_network(tmp_path):
     assert load("t5-small", HF_HUB_OFFLINE="1").stdout == first.stdout             # from the cache
     missing = load("gpt2", HF_HUB_OFFLINE="1").stderr
     assert "config.json of openai-community/gpt2 is not in the cache" in missing and "hf download" in missing
+
+
+def test_trl_takes_it_from_there(tmp_path):
+    """One DPO step of TRL on an exported model, from checkpoint to trainer with nothing between: its loss is ln 2, the log-probs that it sums are
+    those of dpo.py, end token included, and the weights move."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tok = tokenizer("puns")
+    model = make("gpt", vocab_size=tok.vocab_size, end_id=tok.end_id, start_id=tok.end_id, block_size=48)
+    save_model(tmp_path / "ckpt.pt", model, tokenizer="puns")
+    export(str(tmp_path / "ckpt.pt"), str(tmp_path / "out"))
+    policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    pairs = [{"prompt": f"About a {thing}:", "chosen": " I lost interest.", "rejected": " I went home early."} for thing in ("banker", "nurse", "baker", "pilot")]
+    args = trl.DPOConfig(output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-3, lr_scheduler_type="constant",
+                         logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
+    trainer = trl.DPOTrainer(policy, args=args, train_dataset=datasets.Dataset.from_list(pairs), processing_class=their_tok)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    encoded = encode_records(pairs, "puns", ["prompt", "chosen", "rejected"], 48)
+    chosen, rejected = sum_logprobs(model, encoded["prompt"].long(), [encoded["chosen"].long(), encoded["rejected"].long()])
+    assert log["logps/chosen"] == pytest.approx(chosen.mean().item(), abs=1e-2) and log["logps/rejected"] == pytest.approx(rejected.mean().item(), abs=1e-2)
+    assert all(not torch.equal(weight, before[name]) for name, weight in policy.state_dict().items() if name.endswith("weight"))

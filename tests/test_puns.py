@@ -8,7 +8,7 @@ import pytest
 
 import puns
 from common import InputError
-from puns import HELD_OUT, MIX, Frame, Phrase, Thing, World, pluralize, world
+from puns import HELD_OUT, MIX, Thing, World, pluralize, world
 
 # A lexicon of two topics, small enough to count by hand: 3 things, 2 + 2 phrases, 2 literals, 2 frames.
 TINY = {
@@ -40,29 +40,20 @@ def kind_of(parse):
 # writing and judging
 
 def test_what_is_written_parses_back():
-    """The property that all rests on: every thing, every phrase and every frame, in random company, parses to exactly what it was
-    written from."""
+    """The property that all rests on: every thing, phrase and frame, in random company, parses to exactly what it was written from, and
+    is judged as what it is."""
     w, rng = world(), random.Random(1)
-    triples = [(rng.choice(w.frames_for[thing.kind]), thing, rng.choice(w.phrases + w.literals)) for thing in w.things * 2]
-    for phrase in (w.phrases + w.literals) * 2:
-        thing = rng.choice(w.things)
-        triples.append((rng.choice(w.frames_for[thing.kind]), thing, phrase))
-    for frame in w.frames * 20:
-        thing = rng.choice([thing for thing in w.things if frame in w.frames_for[thing.kind]])
-        triples.append((frame, thing, rng.choice(w.phrases + w.literals)))
+    triples = [(rng.choice(w.frames), thing, rng.choice(w.phrases + w.literals)) for thing in w.things * 2]
+    triples += [(rng.choice(w.frames), rng.choice(w.things), phrase) for phrase in (w.phrases + w.literals) * 2]
+    triples += [(frame, rng.choice(w.things), rng.choice(w.phrases + w.literals)) for frame in w.frames * 20]
     for frame, thing, phrase in triples:
-        assert w.parse(w.render(frame, thing, phrase)) == (frame, thing, phrase)
-
-
-@pytest.mark.parametrize("kind", MIX)
-def test_every_kind_is_judged_as_what_it_is(kind):
-    w, rng = world(), random.Random(2)
-    for _ in range(500):
-        thing = rng.choice(w.things)
-        verdict = w.judge(w.prompt(thing), " " + w.write(rng, thing, kind))
-        assert verdict.fluent and verdict.on_topic and not verdict.novel      # what the corpus is written with is never held out
-        assert verdict.parse.thing == thing and kind_of(verdict.parse) == kind
-        assert verdict.pun == (kind == "pun") and verdict.level == (2 if kind == "pun" else 1)
+        if frame in w.frames_for[thing.kind]:
+            verdict = w.judge(w.prompt(thing), " " + w.render(frame, thing, phrase))
+            pun = phrase.topic == thing.topic
+            assert verdict.parse == (frame, thing, phrase)
+            assert verdict[:4] == (True, True, pun, pun and (thing, phrase) in w.held_out)
+        else:
+            assert w.parse(w.render(frame, thing, phrase)) is None
 
 
 def test_a_change_of_one_word_that_breaks_the_pun_is_seen():
@@ -76,10 +67,9 @@ def test_a_change_of_one_word_that_breaks_the_pun_is_seen():
         verdict = w.judge(w.prompt(other), " " + w.render(frame, other, phrase))
         assert verdict.fluent and verdict.on_topic and not verdict.pun
         i, words = rng.randrange(len(text)), text.split()
-        assert not w.judge(w.prompt(thing), " " + text[:i] + "zz" + text[i:]).fluent
-        i = rng.randrange(len(words))
-        assert not w.judge(w.prompt(thing), " " + " ".join(words[:i] + [words[i]] + words[i:])).fluent
-        assert not w.judge(w.prompt(thing), " " + " ".join(words[:-1])).fluent
+        k = rng.randrange(len(words))
+        for broken in (text[:i] + "zz" + text[i:], " ".join(words[:k] + [words[k]] + words[k:]), " ".join(words[:-1])):
+            assert not w.judge(w.prompt(thing), " " + broken).fluent
 
 
 def test_judge_fields(tmp_path):
@@ -95,23 +85,15 @@ def test_judge_fields(tmp_path):
         assert w.judge("About a banker:", text) == (False, False, False, False, None), text
 
 
-def test_novel_is_a_held_out_pair():
-    w = world()
-    for name, text in w.held_out_list[:100]:
-        thing = w.by_name[name]
-        phrase = next(phrase for phrase in w.topic_phrases[thing.topic] if phrase.text == text)
-        verdict = w.judge(w.prompt(thing), " " + w.render(w.frames_for[thing.kind][0], thing, phrase))
-        assert verdict.pun and verdict.novel
-
 # -----------------------------------------------------------------------------
 # words
 
 @pytest.mark.parametrize("name, expected", [
     ("banker", "a banker"), ("actor", "an actor"), ("unicorn", "a unicorn"), ("used car", "a used car"), ("ukulele", "a ukulele"),
-    ("one-man band", "a one-man band"), ("European", "a European"), ("hourglass", "an hourglass"), ("heir", "an heir"),
+    ("one-man band", "a one-man band"), ("European", "a European"), ("hourglass", "an hourglass"), ("heir", "an heir"), ("herb grower", "an herb grower"),
     ("honest man", "an honest man"), ("x-ray", "an x-ray"), ("umpire", "an umpire"), ("undertaker", "an undertaker"), ("owl", "an owl")])
 def test_articles(name, expected):
-    slots = Thing("t", "person", name, name + "s").slots()
+    slots = Thing("t", "person", name, name + "s").slots
     assert slots["a X"] == expected and slots["A X"] == expected[0].upper() + expected[1:]
 
 
@@ -121,20 +103,18 @@ def test_plurals(name, expected):
     assert pluralize(name) == expected      # an irregular one ("quizzes") is written in the lexicon: name/plural
 
 
-def test_pronouns_and_reflexives():
-    w = world()
-    verb = next(iter(w.verbs))
-    past = w.verbs[verb]["past"]
-    hat, me = Phrase("t", f"{verb} one's hat", "", "", "", ""), Phrase("t", f"{verb} oneself up", "", "", "", "")
-    person, animal = Thing("t", "person", "banker", "bankers"), Thing("t", "animal", "owl", "owls")
+def test_pronouns_and_reflexives(tmp_path):
+    w = World(write_lexicon(tmp_path, literals=("paint the fence", "paint one's hat\npaint oneself in everyone's way"),
+                            topics=("object oven", "animal owl"), frames=("Old {Xs}", "{A X}? {They} {past X's}, did {they}.\na | any | Old {Xs}")))
+    frame, (_, hat, me), (banker, _, owl) = w.frames[1], w.literals, w.things
     for whose, self in dict(my="myself", your="yourself", his="himself", her="herself", its="itself", our="ourselves",
                             their="themselves").items():
-        assert w.inflect(hat, "past", whose) == f"{past} {whose} hat"
-        assert w.inflect(me, "past", whose) == f"{past} {self} up"
-    frame = Frame("f", "any", "{A X}? {They} {past X's}, did {they}.")
-    assert w.render(frame, person, hat) == f"A banker? They {past} their hat, did they."
-    assert w.render(frame, animal, hat) == f"An owl? It {past} its hat, did it."
-    assert w.render(frame, animal, me) == f"An owl? It {past} itself up, did it."
+        assert w.inflect(hat, "past", whose) == f"painted {whose} hat"
+        assert w.inflect(me, "past", whose) == f"painted {self} in everyone's way"
+    assert w.render(frame, banker, hat) == "A banker? They painted their hat, did they."
+    assert w.render(frame, owl, hat) == "An owl? It painted its hat, did it."
+    assert w.render(frame, owl, me) == "An owl? It painted itself in everyone's way, did it."
+    assert w.parse("An owl? It painted its hat, did it.") and not w.parse("An owl? It painted their hat, did it.")
 
 # -----------------------------------------------------------------------------
 # records
@@ -142,23 +122,28 @@ def test_pronouns_and_reflexives():
 def pairs_of(texts):
     """The (thing, phrase) of every text that parses to a pun."""
     parses = [parse for text in texts if (parse := world().parse(text.removeprefix(" ")))]
-    return {(parse.thing.name, parse.phrase.text) for parse in parses if kind_of(parse) == "pun"}
+    return {parse[1:] for parse in parses if kind_of(parse) == "pun"}
 
 
 def test_held_out_pairs_are_in_no_training_set():
     w = world()
     puns = sum(len(w.topic_phrases[thing.topic]) for thing in w.things)
-    assert len(w.held_out) == len(w.held_out_list) == round(HELD_OUT * puns) and HELD_OUT == 0.15
-    assert all(w.train_puns.values()), "a thing without a pun to learn from"
+    assert len(set(w.held_out)) == round(HELD_OUT * puns) and HELD_OUT == 0.15
     # enough records to meet nearly every pair that may be met, so that a held-out one would be met too
     seen = pairs_of(record["completion"] for record in w.corpus(20_000, seed=5, mix={"pun": 1.0}))
     seen |= pairs_of(text for record in w.preferences(8_000, seed=5) for text in (record["chosen"], record["rejected"]))
     seen |= pairs_of(text for record in w.rankings(4_000, seed=5) for text in record["ranked"])
     assert len(seen) > 0.95 * (puns - len(w.held_out))
-    assert not seen & w.held_out
+    assert not seen & set(w.held_out)
     # and the held-out preferences are about nothing else
     chosen = pairs_of(record["chosen"] for record in w.preferences(500, seed=6, held_out=True))
-    assert chosen and chosen <= w.held_out
+    assert chosen and chosen <= set(w.held_out)
+
+
+def test_each_thing_keeps_a_pun_to_learn(tmp_path, monkeypatch):
+    monkeypatch.setattr(puns, "HELD_OUT", 1.0)
+    w = World(write_lexicon(tmp_path))
+    assert [len(phrases) for phrases in w.train_puns.values()] == [1, 1, 1] and len(w.held_out) == 3     # of 3 x 2
 
 
 def test_corpus_mix():
@@ -168,56 +153,38 @@ def test_corpus_mix():
     assert sum(MIX.values()) == pytest.approx(1)
     for kind, share in MIX.items():
         assert counts[kind] / n == pytest.approx(share, abs=0.02)
-    assert set(Counter(kind_of(w.parse(r["completion"][1:])) for r in w.corpus(50, 1, mix={"pun": 1.0}))) == {"pun"}
 
 
 def test_records_ask_for_what_they_tell():
+    """0 broken or off topic, 1 fluent, 2 a pun."""
+    def level(record, text):
+        verdict = w.judge(record["prompt"], text)
+        return verdict.on_topic * (1 + verdict.pun)
+
     w = world()
-    for record in w.corpus(300, seed=8):
-        assert w.judge(record["prompt"], record["completion"]).on_topic
-    for record in w.preferences(300, seed=8):
-        assert w.judge(record["prompt"], record["chosen"]).level > w.judge(record["prompt"], record["rejected"]).level
-    for record in w.rankings(300, seed=8):
-        assert [w.judge(record["prompt"], text).level for text in record["ranked"]] == [2, 1, 0]
+    assert all(level(record, record["completion"]) >= 1 for record in w.corpus(300, seed=8))
+    assert all(level(record, record["chosen"]) > level(record, record["rejected"]) for record in w.preferences(300, seed=8))
+    assert all([level(record, text) for text in record["ranked"]] == [2, 1, 0] for record in w.rankings(300, seed=8))
 
 
 def test_label_noise_flips_the_given_share():
     """The same pairs with and without noise: 4000 of them, a quarter of them the other way round (standard error .7 %)."""
     w = world()
     clean, noisy = w.preferences(4000, seed=9), w.preferences(4000, seed=9, noise=0.25)
-    flipped = [b == {"prompt": a["prompt"], "chosen": a["rejected"], "rejected": a["chosen"]} for a, b in zip(clean, noisy, strict=True)]
-    assert all(a == b or flip for a, b, flip in zip(clean, noisy, flipped, strict=True))
-    assert sum(flipped) / 4000 == pytest.approx(0.25, abs=0.03)
+    flips = [a | {"chosen": a["rejected"], "rejected": a["chosen"]} for a in clean]
+    assert all(b in (a, flip) for a, b, flip in zip(clean, noisy, flips, strict=True))
+    assert sum(b == flip for b, flip in zip(noisy, flips, strict=True)) / 4000 == pytest.approx(0.25, abs=0.03)
 
 
 def test_seeds_reproduce_and_differ():
     w = world()
     for make in (w.corpus, w.preferences, w.rankings):
         assert make(50, 1) == make(50, 1) != make(50, 2)
-    assert World().held_out == w.held_out
+    names = [[(thing.name, phrase.text) for thing, phrase in some.held_out] for some in (w, World())]
+    assert names[0] == names[1]
 
 # -----------------------------------------------------------------------------
 # entropy
-
-def test_entropy_by_counting():
-    """-log p of a completion = log (frames it could have) - log (share of its kind) + log (phrases of that kind), counted one by one."""
-    w, surprise = world(), []
-    for record in w.corpus(6000, seed=10):
-        parse = w.parse(record["completion"][1:])
-        thing, kind = parse.thing, kind_of(parse)
-        frames = sum(frame.takes == "any" or thing.kind == "person" for frame in w.frames)
-        if kind == "literal":
-            phrases = len(w.literals)
-        elif kind == "mismatch":
-            phrases = sum(p.topic != thing.topic for p in w.phrases)
-        else:
-            phrases = sum(p.topic == thing.topic and (thing.name, p.text) not in w.held_out for p in w.phrases)
-        surprise.append(math.log(frames) - math.log(MIX[kind]) + math.log(phrases))
-    mean = sum(surprise) / len(surprise)
-    error = math.sqrt(sum((x - mean) ** 2 for x in surprise)) / len(surprise)      # standard error of the mean
-    assert error < 0.03
-    assert w.entropy() == pytest.approx(mean, abs=4 * error)
-
 
 def test_entropy_by_writing_everything_down(tmp_path):
     """In a tiny world all completions of a prompt can be listed with their probabilities: they sum to 1, and H = -sum p log p."""
@@ -236,12 +203,6 @@ def test_entropy_by_writing_everything_down(tmp_path):
 # -----------------------------------------------------------------------------
 # the checker
 
-def test_the_tiny_lexicon_has_no_mistakes(tmp_path):
-    w = World(write_lexicon(tmp_path))
-    assert [len(x) for x in (w.things, w.phrases, w.literals, w.frames)] == [3, 4, 2, 2]
-    assert w.phrases[2][:4] == ("bread", "knead a hug", "knead", "need")
-
-
 @pytest.mark.parametrize("file, old, new, where, reason", [
     ("topics", "person banker", "people banker", "topics.txt:2", "unknown field 'people'"),
     ("topics", "topic banks\n", "", "topics.txt:1", "before the first topic"),
@@ -254,7 +215,7 @@ def test_the_tiny_lexicon_has_no_mistakes(tmp_path):
     ("topics", "*interest*", "interest", "topics.txt:3", "mark one pun word with asterisks, here are 0"),
     ("topics", "lose *interest*", "*lose* *interest*", "topics.txt:3", "mark one pun word with asterisks, here are 2"),
     ("topics", " | curiosity", "", "topics.txt:3", "a pun is: phrase with its *pun word*"),
-    ("topics", "lose *interest*", "Lose *interest*!", "topics.txt:3", "lower-case words without punctuation"),
+    ("topics", "lose *interest*", "Lose *interest*!", "topics.txt:3", "two or more lower-case words without punctuation"),
     ("topics", "object oven\n", "", "topics.txt:5", "topic bread has no thing"),
     ("verbs", "rise rises rose risen rising\n", "", "topics.txt:8", "all forms of 'rise'"),
     ("verbs", "rose risen", "rose", "verbs.txt:4", "five forms"),
@@ -263,6 +224,8 @@ def test_the_tiny_lexicon_has_no_mistakes(tmp_path):
     ("frames", "{past my}", "{passed my}", "frames.txt:1", "unknown slot {passed my}"),
     ("frames", "{past my}", "left", "frames.txt:1", "exactly one for the phrase"),
     ("frames", "{a X}", "someone", "frames.txt:1", "a slot for the thing"),
+    ("frames", "Old {Xs}", "Old {Xs} }", "frames.txt:2", "Single '}' encountered"),
+    ("literals", "paint the fence", "paint the *fence*", "literals.txt:3", "mark no pun word"),
     ("frames", "| person |", "| people |", "frames.txt:1", "a frame is: family | person or any | text"),
 ])
 def test_mistakes_are_found_with_file_and_line(tmp_path, file, old, new, where, reason):
@@ -281,6 +244,7 @@ def test_a_missing_lexicon_file_is_named(tmp_path):
 def test_the_check_command(tmp_path, monkeypatch, capsys):
     """It counts what is there, and names a sentence that does not parse back."""
     w = World(write_lexicon(tmp_path))
+    assert w.phrases[2].text == "knead a hug" and (w.phrases[2].written, w.phrases[2].heard) == ("knead", "need")
     monkeypatch.setattr(puns, "World", lambda: w)
     puns.check()
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ from conftest import CPU, END, PAD, awake, ids, off, toy
 import reward_model
 from common import InputError, adamw, optimizer_step, read_jsonl
 from data import Batches, write
-from model import Scorer, load_model
+from model import Scorer, load_model, save_model
 from puns import world
 from reward_model import evaluate, ranking_loss, regression_loss, score_all, score_texts, spearman
 
@@ -30,6 +30,17 @@ def test_bradley_terry_by_hand():
     assert gap(1.5, centering=0.01) == pytest.approx(.20141 + .0225, abs=1e-5)
     a = ranking_loss(torch.tensor([[1.5, 0.0], [0.0, 0.0]]), margin=torch.tensor([1.0, 0.0]))    # a margin for each record
     assert a.item() == pytest.approx((.47408 + math.log(2)) / 2, abs=1e-5)
+
+
+def test_soft_labels_by_hand():
+    """Four of five raters agree: .8 * .20141 + .2 * (.20141 + 1.5) = .50141. A tie is least where both are equal, and pulls them there."""
+    assert gap(1.5, share=0.8) == pytest.approx(.20141 + .2 * 1.5, abs=1e-5)
+    mixed = ranking_loss(torch.tensor([[1.5, 0.0], [1.5, 0.0]]), share=torch.tensor([1.0, 0.5]))
+    assert mixed.item() == pytest.approx((.20141 + .20141 + .75) / 2, abs=1e-5)
+    scores = torch.tensor([[2.0, -1.0]], requires_grad=True)
+    ranking_loss(scores, share=0.5).backward()
+    assert scores.grad[0, 0] > 0 > scores.grad[0, 1]
+    assert gap(0.0, share=0.5) == pytest.approx(math.log(2)) and gap(0.1, share=0.5) > gap(0.0, share=0.5)
 
 
 def test_a_ranking_of_three_is_the_mean_of_its_three_pairs():
@@ -97,6 +108,19 @@ def test_the_score_is_read_from_the_state_that_has_read_the_end_token():
     torch.testing.assert_close(scorer(PROMPT[:1], RESPONSE[:1]), scorer.scalar(states[:, -1])[:, 0], atol=1e-5, rtol=0)
     assert (scorer(ids([1, 2]), ids([6, 7, 9])) - scorer(ids([1, 2]), ids([6, 7, END]))).abs() > 1e-3      # its last token counts
     assert (scorer(ids([1, 3]), ids([6, 7, END])) - scorer(ids([1, 2]), ids([6, 7, END]))).abs() > 1e-3    # and so does the prompt
+
+
+def test_the_likelihood_of_the_text_counts_and_its_weight_is_learned(tmp_path):
+    """A second implementation: the scalar head, and 0.3 times the sum of the log-softmax at each token; pads add nothing; saved and loaded."""
+    plain, scorer = scorer_of(), Scorer(awake(toy()), likelihood=0.3)
+    scorer.scalar.load_state_dict(plain.scalar.state_dict())
+    logp = scorer.model.logits(PROMPT, RESPONSE).log_softmax(-1)
+    sums = [sum(logp[i, t, token].item() for t, token in enumerate(row) if token != PAD) for i, row in enumerate(RESPONSE.tolist())]
+    torch.testing.assert_close(scorer(PROMPT, RESPONSE) - plain(PROMPT, RESPONSE), 0.3 * torch.tensor(sums), atol=1e-4, rtol=0)
+    ranking_loss(scorer(PROMPT, RESPONSE)[None]).backward()
+    assert scorer.likelihood.grad.abs() > 0
+    save_model(tmp_path / "ckpt.pt", scorer)
+    assert torch.equal(load_model(tmp_path / "ckpt.pt")(PROMPT, RESPONSE), scorer(PROMPT, RESPONSE))
 
 
 def test_two_calls_agree_and_the_head_learns():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def attributes_of_config(path):
 @pytest.mark.parametrize("name, field", [(name, field.name) for name, module in STAGES.items() for field in dataclasses.fields(module.Config)])
 def test_every_option_is_read(name, field):
     """In its own file, in the plumbing, or by ppo's functions that gan calls. (All file options of ppo apply to gan alike.)"""
-    files = [name, "common"] + ["ppo", "discriminator"] * (name == "gan")
+    files = [name, "common", "lora"] + ["ppo", "discriminator"] * (name == "gan")
     assert any(field in attributes_of_config(ROOT / f"{file}.py") for file in files)
 
 
@@ -389,6 +390,21 @@ def test_dropout_is_off_where_it_must_be(tmp_path, sft_ckpt):
     assert all(row["first_ratio"] < 1e-5 for row in read_jsonl(tmp_path / "ppo" / "metrics.jsonl"))
     dpo.train(tiny(dpo, tmp_path / "dpo", init, data=pairs(tmp_path)))
     assert read_jsonl(tmp_path / "dpo" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compile_changes_no_number():
+    """The training step that --compile compiles: the same loss and the same gradients, for two shapes of batch."""
+    for prompt, completion in ((3, 5), (4, 7)):
+        found = []
+        for forward in (sft.loss_of, torch.compile(sft.loss_of, dynamic=True)):
+            model, generator = awake(toy()), torch.Generator().manual_seed(0)
+            batch = {"prompt": torch.randint(0, 11, (4, prompt), generator=generator), "completion": torch.randint(0, 11, (4, completion), generator=generator)}
+            batch["completion"][0, 2:] = 12
+            loss, nats = forward(model, batch)
+            loss.backward()
+            found.append([loss.detach(), nats.detach(), *(p.grad for p in model.parameters())])
+        for plain, compiled in zip(*found, strict=True):
+            torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
 
 # -----------------------------------------------------------------------------
 # going on after a stop
