@@ -32,7 +32,7 @@ ifdef TINY
   EVAL := --samples 32 --best_of 2
 else ifeq ($(SIZE),gpu)
   SFT  := --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 --batch_size 512 --max_steps 6000 --lr 3e-3 --compile
-  REWARD := --batch_size 256 --max_steps 1000 --lr 2e-3
+  REWARD := --batch_size 256 --lr 2e-4
   DISC := --batch_size 256 --lr 2e-4
   PPO  := --batch_size 1024 --minibatch_size 512 --lr 1e-4
   DPO  := --batch_size 256 --lr 1e-4
