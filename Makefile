@@ -1,7 +1,7 @@
 # make               the main job: install, train all six stages on the built-in pun world, table, figures; again: only what is missing
 # make SIZE=gpu      the larger configuration, about 25 M parameters, for a consumer GPU
 # make TINY=1        the same in a minute, to see that everything runs (what it learns is nothing)
-# make gans          the GAN's other two estimators; then: make -B runs/report.json
+# make gans          the GAN's other two estimators; python evaluate.py then has them in its table
 # make notebooks     executes all notebooks, in place; with TINY=1 in seconds, and the files stay as they are
 # make compare       gpt, palm and t5 at the same number of parameters, three seeds each: nine times make (hours), then one table
 # make test          ruff and the whole test suite

@@ -43,7 +43,7 @@ class Config(TrainOptions):
     label_smoothing: float = 0.1    # cdpo, robust: the share of labels believed to be wrong
     simpo_gamma: float = 0.5    # simpo: the margin that the better text must lead by
     batch_size: int = 64        # pairs
-    max_steps: int = 250
+    max_steps: int = 300
     lr: float = 1e-4
     warmup_steps: int = 30
     weight_decay: float = 0.0

@@ -43,7 +43,7 @@ class Config(TrainOptions):
     centering: float = 0.0      # weight of a pull of each pair's mean score towards zero
     likelihood: float = 0.3     # how much a text's log-prob counts in its score at the start (it is learned); 0: not at all
     batch_size: int = 64        # records; each has K texts
-    max_steps: int = 250
+    max_steps: int = 200
     lr: float = 4e-4
     warmup_steps: int = 30
     weight_decay: float = 0.01

@@ -30,7 +30,7 @@ from puns import world
 class Config(TrainOptions):
     out_dir: str = "runs/sft"
     data: str = ""              # a file of texts (formats: corpora.py); '' is the pun world
-    corpus_size: int = 435_000  # how many records of the pun world to write
+    corpus_size: int = 448_000  # how many records of the pun world to write
     init: str = ""              # checkpoint to start from; '' starts from random weights
     tokenizer: str = "puns"     # puns or gpt2; a checkpoint has its own
     arch: str = "gpt"           # gpt, palm or t5, and the size below, if it starts from random weights
@@ -41,8 +41,8 @@ class Config(TrainOptions):
     block_size: int = 48        # longest prompt + completion, in tokens
     dropout: float = 0.0
     batch_size: int = 128
-    max_steps: int = 3400
-    lr: float = 5e-3            # the highest rate; linear warm-up, then linearly down to zero
+    max_steps: int = 3500
+    lr: float = 8e-3            # the highest rate; linear warm-up, then linearly down to zero
     warmup_steps: int = 100
     weight_decay: float = 0.0   # one pass over an endless corpus cannot overfit
     grad_clip: float = 1.0
