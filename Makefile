@@ -19,8 +19,9 @@ R      ?= runs$(if $(TINY),/tiny,)$(if $(filter gpu,$(SIZE)),/gpu,)
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
-# as many parameters as the default gpt, within 5 %: palm has as many anyway, t5 has an encoder, a decoder and an output layer of its own
-WIDTH_t5 := --n_embd 108 --n_inner 216
+# as many parameters as the default gpt, within 5 %: palm has as many anyway; t5 has an encoder, a decoder and an output layer, so it is
+# narrower, and its embedding starts with entries near 1, which a lower rate would hardly move
+SFT_t5 := --n_embd 144 --n_inner 144 --lr 2e-2
 
 ifdef TINY
   SFT  := --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 --n_layer 1 --n_embd 32 --n_head 2 --n_inner 0
@@ -31,7 +32,7 @@ ifdef TINY
   GAN  := --corpus_size 200 --max_steps 2 --batch_size 16 --minibatch_size 8 --d_batch_size 8 --sample_interval 1
   EVAL := --samples 32 --best_of 2
 else ifeq ($(SIZE),gpu)
-  SFT  := --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 --batch_size 512 --max_steps 6000 --lr 3e-3 --compile
+  SFT  := --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 --batch_size 256 --max_steps 6000 --lr 3e-3 --compile
   REWARD := --batch_size 256 --lr 2e-4
   DISC := --batch_size 256 --lr 2e-4
   PPO  := --batch_size 1024 --minibatch_size 512 --lr 1e-4
@@ -39,7 +40,7 @@ else ifeq ($(SIZE),gpu)
   GAN  := --batch_size 1024 --minibatch_size 512 --d_batch_size 256 --lr 1e-4
   EVAL := --samples 10000
 else
-  SFT  := $(WIDTH_$(ARCH))
+  SFT  := $(SFT_$(ARCH))
 endif
 
 .PHONY: all gans compare notebooks test ruff clean

@@ -15,7 +15,7 @@ in the reward model has a fine score. In the pun world the judge says what it is
 
     python ppo.py                                  against runs/reward_model
     python ppo.py --baseline rloo --group_size 4   no critic: four answers a prompt are each other's baseline
-    python ppo.py --lora 8 --lr 1e-3               adapters on one trunk; before: python reward_model.py --lora 8
+    python ppo.py --lora 8 --lr 5e-4               adapters on one trunk; before: python reward_model.py --lora 8 --lr 2e-3
 """
 
 import copy

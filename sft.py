@@ -30,19 +30,20 @@ from puns import world
 class Config(TrainOptions):
     out_dir: str = "runs/sft"
     data: str = ""              # a file of texts (formats: corpora.py); '' is the pun world
-    corpus_size: int = 448_000  # how many records of the pun world to write
+    corpus_size: int = 410_000  # how many records of the pun world to write
     init: str = ""              # checkpoint to start from; '' starts from random weights
     tokenizer: str = "puns"     # puns or gpt2; a checkpoint has its own
     arch: str = "gpt"           # gpt, palm or t5, and the size below, if it starts from random weights
     n_layer: int = 2
-    n_head: int = 6
-    n_embd: int = 192
-    n_inner: int = 384          # width of the feed-forward layers; 0 is 4 n_embd
+    n_head: int = 4
+    n_embd: int = 256
+    n_inner: int = 256          # width of the feed-forward layers; 0 is 4 n_embd (here wide embeddings are worth more)
     block_size: int = 48        # longest prompt + completion, in tokens
     dropout: float = 0.0
-    batch_size: int = 128
-    max_steps: int = 3500
-    lr: float = 8e-3            # the highest rate; linear warm-up, then linearly down to zero
+    batch_size: int = 64
+    grad_accum: int = 2         # batches a step; the texts of each are of about one length
+    max_steps: int = 3200
+    lr: float = 6e-3            # the highest rate; linear warm-up, then linearly down to zero
     warmup_steps: int = 100
     weight_decay: float = 0.0   # one pass over an endless corpus cannot overfit
     grad_clip: float = 1.0
@@ -51,11 +52,16 @@ class Config(TrainOptions):
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
 
 
-def loss_of(model, batch):
-    """Mean cross-entropy of the completion's tokens. Returns (loss, nats of each completion (B,))."""
+def loss_of(model, batch, tokens=None):
+    """Mean cross-entropy of the completion's tokens: their sum over `tokens`, how many all batches of a step have (default: this batch's).
+    Returns (loss, nats of each completion (B,))."""
     logp = logprobs(model, batch["prompt"], batch["completion"])               # (B, R), 0 on pads
-    mask = batch["completion"] != model.pad_id                                 # (B, R)
-    return -logp.sum() / all_mean(mask.sum()), -logp.sum(dim=1)
+    return -logp.sum() / (count_tokens(model, [batch]) if tokens is None else tokens), -logp.sum(dim=1)
+
+
+def count_tokens(model, batches):
+    """How many completion tokens some batches have, end tokens included: a step's loss is the mean over all of them, not a mean of means."""
+    return all_mean(sum((batch["completion"] != model.pad_id).sum() for batch in batches))
 
 
 @torch.no_grad()
@@ -99,8 +105,11 @@ def train(config):
     progress = Run("sft", config, config.max_steps)
     for step in progress.steps(config.eval_interval, model=model, optimizer=optimizer, batches=batches, generator=generator):
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
+        parts = [shard(batches.next()) for _ in range(config.grad_accum)]
         with autocast():
-            loss, nats = forward(model, shard(batches.next()))
+            tokens = count_tokens(model, parts)
+            losses, nats = zip(*(forward(model, part, tokens) for part in parts), strict=True)
+        loss, nats = sum(losses), torch.cat(nats)
         norm = optimizer_step(loss, model, optimizer, config.grad_clip)
         last = step + 1 == config.max_steps
         if step % config.log_interval == 0 or last:

@@ -172,7 +172,7 @@ def test_the_architectures_that_are_compared_are_equally_large(tok):
         sizes = {name: getattr(default, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "block_size")} | sizes
         return sum(p.numel() for p in build_model(ModelConfig(arch=arch, vocab_size=tok.vocab_size, **sizes)).parameters())
     for arch in ("palm", "t5"):
-        found = re.search(rf"^WIDTH_{arch} *:= *(.*)$", makefile, re.M)
+        found = re.search(rf"^SFT_{arch} *:= *(.*)$", makefile, re.M)
         options = found[1].replace("--", "").split() if found else []
-        sizes = {name: int(value) for name, value in zip(options[::2], options[1::2], strict=True)}
+        sizes = {name: int(value) for name, value in zip(options[::2], options[1::2], strict=True) if name != "lr"}
         assert parameters(arch, **sizes) == pytest.approx(parameters("gpt"), rel=0.05), arch

@@ -223,6 +223,9 @@ def test_the_loss_counts_tokens_and_not_pads():
     assert sft.loss_of(model, both)[0].item() == pytest.approx((2 * a + 4 * b) / 6, abs=1e-5)
     wide = both | {"completion": nn.functional.pad(both["completion"], (0, 5), value=12)}
     assert sft.loss_of(model, wide)[0].item() == pytest.approx(sft.loss_of(model, both)[0].item(), abs=1e-5)
+    parts = [{"prompt": prompt, "completion": x} for x in (short, long)]      # --grad_accum: the mean over all tokens, not a mean of means
+    tokens = sft.count_tokens(model, parts)
+    assert sum(sft.loss_of(model, part, tokens)[0] for part in parts).item() == pytest.approx((2 * a + 4 * b) / 6, abs=1e-5)
 
 # -----------------------------------------------------------------------------
 # the chain
