@@ -6,7 +6,7 @@ A reward model of people's taste, from scratch: split -> pretrain -> train -> re
     3. reward_model.py: comparisons of the training texts only (realpuns.preferences): which of two the same five raters found
        funnier, with the share of raters as a soft label; puns over non-puns of their length; puns over their twins
     4. all of it on held-out texts, for three seeds, each with a split of its own; beside it what is to be beaten: linear models
-       over word and character n-grams, and "the longer one"
+       over word and character n-grams, and "the longer one"; and both together, which is what beats them
 
     python data.py fetch semeval; python data.py fetch expun
     python people.py                                             runs/people/report.md, report.json, calibration.png
@@ -88,7 +88,7 @@ def scores_of(config, folder, seed, puns, texts):
     for member in range(config.members):
         own = dict(seed=10 * seed + member, device=config.device, eval_interval=10**6, batch_size=config.batch_size)
         lm = train(sft, data=texts_file, out_dir=str(folder / f"sft{member}"), n_embd=config.n_embd, n_head=config.n_embd // 32,
-                   block_size=160, dropout=config.dropout, lr=config.lr, max_steps=config.sft_steps, **own)
+                   n_inner=3 * config.n_embd, block_size=160, dropout=config.dropout, lr=config.lr, max_steps=config.sft_steps, grad_accum=1, **own)
         pairs = preferences(puns, config.comparisons, own["seed"])
         pairs_file = write_jsonl(folder / f"pairs{member}.jsonl", pairs)
         scorer = load_model(train(reward_model, data=pairs_file, init=lm, out_dir=str(folder / f"reward_model{member}"),
@@ -166,6 +166,10 @@ def standardised(puns):
                         for rater, rating in zip(pun.raters, pun.ratings, strict=True)) / len(pun.ratings) for pun in puns}
 
 
+def whitened(scores):
+    return (scores - scores.mean()) / scores.std()
+
+
 def measures(puns, score, z):
     """All numbers of the report, from held-out puns, {text: score} and {id: standardised rating}."""
     def n_words(pun):
@@ -223,7 +227,8 @@ def main(config):
         texts = list(dict.fromkeys(text for pun in test for text in (pun.text, depun(pun)) if text))
         ours, lm, pairs = scores_of(config, folder / str(seed), seed, known, texts)
         found = {"reward model": ours} | yardsticks(known, texts, z, pairs)
-        found["both, comparisons"] = ours + found["linear, comparisons"]
+        for task in ("pun or not", "ratings"):      # an ensemble of the network and the specialist, which counts twice
+            found[f"both, {task}"] = 2 * whitened(found[f"linear, {task}"]) + whitened(ours)
         for name, scores in found.items():
             tables.setdefault(name, []).append(measures(test, dict(zip(texts, scores.tolist(), strict=True)), z))
         score = dict(zip(texts, ours.tolist(), strict=True))

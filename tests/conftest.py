@@ -15,7 +15,7 @@ torch.set_num_threads(1)        # tiny tensors: a second thread costs more than 
 
 PAD, END = 12, 11               # of toy(): 12 tokens, 0 .. 11, the last one is the end token
 CPU = dict(device="cpu", dtype="float32")
-TINY_SFT = dict(corpus_size=600, batch_size=16, max_steps=60, eval_interval=60, log_interval=20, n_layer=1, n_inner=0, n_head=2, n_embd=32,
+TINY_SFT = dict(corpus_size=600, batch_size=16, grad_accum=1, max_steps=60, eval_interval=60, log_interval=20, n_layer=1, n_inner=0, n_head=2, n_embd=32,
                 lr=1e-2, warmup_steps=5, **CPU)
 
 
