@@ -227,8 +227,8 @@ def main(config):
         texts = list(dict.fromkeys(text for pun in test for text in (pun.text, depun(pun)) if text))
         ours, lm, pairs = scores_of(config, folder / str(seed), seed, known, texts)
         found = {"reward model": ours} | yardsticks(known, texts, z, pairs)
-        for task in ("pun or not", "ratings"):      # an ensemble of the network and the specialist, which counts twice
-            found[f"both, {task}"] = 2 * whitened(found[f"linear, {task}"]) + whitened(ours)
+        for task in ("pun or not", "ratings"):      # an ensemble of the network and the specialist, which counts thrice
+            found[f"both, {task}"] = 3 * whitened(found[f"linear, {task}"]) + whitened(ours)
         for name, scores in found.items():
             tables.setdefault(name, []).append(measures(test, dict(zip(texts, scores.tolist(), strict=True)), z))
         score = dict(zip(texts, ours.tolist(), strict=True))
