@@ -19,9 +19,16 @@ R      ?= runs$(if $(TINY),/tiny,)$(if $(filter gpu,$(SIZE)),/gpu,)
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
-# as many parameters as the default gpt, within 5 %: palm has as many anyway; t5 has an encoder, a decoder and an output layer, so it is
-# narrower, and its embedding starts with entries near 1, which a lower rate would hardly move
-SFT_t5 := --n_embd 144 --n_inner 144 --lr 2e-2
+# As many parameters as the default gpt, within 5 %: palm has as many anyway; t5 has an encoder, a decoder and an output layer, so it is narrower,
+# and steps of one size move what it puts out less. The discriminators of both need a higher rate, else they see less than that of gpt does.
+SFT_t5    := --n_embd 144 --n_inner 144 --lr 2e-2
+REWARD_t5 := --lr 1e-3
+PPO_t5    := --lr 1.5e-4
+DPO_t5    := --lr 2.4e-4
+DISC_t5   := --lr 1e-3
+GAN_t5    := --lr 3e-4 --d_lr 4e-4 --kl_coef 0.05
+DISC_palm := --lr 1e-3
+GAN_palm  := --d_lr 4e-4
 
 ifdef TINY
   SFT  := --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 --n_layer 1 --n_embd 32 --n_head 2 --n_inner 0
@@ -41,6 +48,11 @@ else ifeq ($(SIZE),gpu)
   EVAL := --samples 10000
 else
   SFT  := $(SFT_$(ARCH))
+  REWARD := $(REWARD_$(ARCH))
+  DISC := $(DISC_$(ARCH))
+  PPO  := $(PPO_$(ARCH))
+  DPO  := $(DPO_$(ARCH))
+  GAN  := $(GAN_$(ARCH))
 endif
 
 .PHONY: all gans compare notebooks test ruff clean
