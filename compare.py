@@ -15,7 +15,8 @@ import tyro
 from common import InputError, replacing, run
 
 COLUMNS = {"pun": ("pun %", 100, ".1f"), "on_topic": ("on topic %", 100, ".1f"), "fluent": ("fluent %", 100, ".1f"), "novel": ("novel %", 100, ".1f"),
-           "kl": ("kl", 1, ".2f"), "score": ("score", 1, "+.2f"), "distinct": ("distinct %", 100, ".1f")}
+           "kl": ("kl", 1, ".2f"), "least_kl": ("least kl", 1, ".2f"), "score": ("score", 1, "+.2f"), "distinct": ("distinct %", 100, ".1f"),
+           "self_bleu": ("self-BLEU", 1, ".3f")}
 
 
 def cell(values, scale, form):

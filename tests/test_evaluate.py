@@ -153,7 +153,7 @@ def test_the_table_of_architectures(tmp_path, capsys):
         folder = tmp_path / name
         (folder / "sft").mkdir(parents=True)
         save_model(folder / "sft" / "ckpt.pt", toy())
-        row = dict(policy="ppo", pun=pun, on_topic=1.0, fluent=1.0, novel=0.0, kl=1.0, score=-.5, distinct=1.0)
+        row = dict(policy="ppo", pun=pun, on_topic=1.0, fluent=1.0, novel=0.0, kl=1.0, least_kl=0.5, score=-.5, distinct=1.0, self_bleu=0.3)
         (folder / "report.json").write_text(json.dumps({"rows": [row]}))
     compare.main(tmp_path)
     lines = (tmp_path / "report.md").read_text().splitlines()
