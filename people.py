@@ -6,7 +6,7 @@ A reward model of people's taste, from scratch: split -> pretrain -> train -> re
     3. reward_model.py: comparisons of the training texts only (realpuns.preferences): which of two the same five raters found
        funnier, with the share of raters as a soft label; puns over non-puns of their length; puns over their twins
     4. all of it on held-out texts, for three seeds, each with a split of its own; beside it what is to be beaten: linear models
-       over word and character n-grams, and "the longer one"; and both together, which is what beats them
+       over word and character n-grams, and "the longer one"; and both together
 
     python data.py fetch semeval; python data.py fetch expun
     python people.py                                             runs/people/report.md, report.json, calibration.png
@@ -166,8 +166,9 @@ def standardised(puns):
                         for rater, rating in zip(pun.raters, pun.ratings, strict=True)) / len(pun.ratings) for pun in puns}
 
 
-def whitened(scores):
-    return (scores - scores.mean()) / scores.std()
+def together(specialist, ours):
+    """An ensemble of the scores (N,) of a linear specialist and of the reward model, each standardized; the specialist counts thrice."""
+    return sum(weight * (scores - scores.mean()) / scores.std() for weight, scores in ((3, specialist), (1, ours)))
 
 
 def measures(puns, score, z):
@@ -227,8 +228,7 @@ def main(config):
         texts = list(dict.fromkeys(text for pun in test for text in (pun.text, depun(pun)) if text))
         ours, lm, pairs = scores_of(config, folder / str(seed), seed, known, texts)
         found = {"reward model": ours} | yardsticks(known, texts, z, pairs)
-        for task in ("pun or not", "ratings"):      # an ensemble of the network and the specialist, which counts thrice
-            found[f"both, {task}"] = 3 * whitened(found[f"linear, {task}"]) + whitened(ours)
+        found |= {f"both, {task}": together(found[f"linear, {task}"], ours) for task in ("pun or not", "ratings")}
         for name, scores in found.items():
             tables.setdefault(name, []).append(measures(test, dict(zip(texts, scores.tolist(), strict=True)), z))
         score = dict(zip(texts, ours.tolist(), strict=True))

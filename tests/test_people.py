@@ -60,6 +60,11 @@ def test_what_length_explains_is_taken_out():
         assert (row["Spearman, mean rating, length fixed"] > 0.5) if both else abs(row["Spearman, mean rating, length fixed"]) < 0.2
 
 
+def test_together_by_hand():
+    """Standardized, 1 2 3 is -1 0 1 and 20 10 30 is 0 -1 1: three times the first and once the second is -3 -1 4, whatever the units."""
+    assert people.together(torch.tensor([1., 2, 3]), torch.tensor([20., 10, 30])).tolist() == pytest.approx([-3, -1, 4])
+
+
 def test_calibration(tmp_path):
     torch.manual_seed(0)
     sure = torch.rand(4000) / 2 + 0.5
