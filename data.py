@@ -35,8 +35,10 @@ from model import logprobs
 from puns import LEXICON, world
 
 RANKS = LEXICON / "puns.tiktoken"
-# GPT-2's rule of what may merge: contractions, words with the space before them, numbers, punctuation, space
-PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# What may merge, first: within a word, GPT-2's rule (contractions, words with the space before them, numbers, punctuation, space) ...
+WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# ... and then within a sentence, so that " I used to be a" is one token: https://arxiv.org/abs/2503.13423
+SENTENCES = r"""[^.?!]++[.?!"]*+|[.?!"]++"""
 
 # -----------------------------------------------------------------------------
 # tokenizer
@@ -51,7 +53,7 @@ class Tokenizer:
         if name == "puns":
             # not tiktoken's own loader: it keeps a copy elsewhere and would not see the file change
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, RANKS.read_text().splitlines())}
-            self.encoding = tiktoken.Encoding("puns", pat_str=PATTERN, mergeable_ranks=ranks,
+            self.encoding = tiktoken.Encoding("puns", pat_str=SENTENCES, mergeable_ranks=ranks,
                                               special_tokens={"<|end|>": len(ranks)})
             self.end_id = len(ranks)
         elif name == "gpt2":
@@ -81,22 +83,23 @@ def tokenizer(name="puns"):
     return Tokenizer(name)
 
 
-def train_bpe(texts, vocab_size):
-    """Byte-pair encoding: starts from the 256 bytes and joins the most frequent neighbors, again and again.
-    Returns {token bytes: rank}, as tiktoken wants it."""
-    counts = collections.Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in counts.items()]
-    ranks = {bytes([i]): i for i in range(256)}
+def train_bpe(texts, vocab_size, pattern=WORDS, ranks=None):
+    """Byte-pair encoding: starts from the 256 bytes, or from the tokens in `ranks`, and joins the most frequent neighbors within a piece
+    of the pattern, again and again. Returns {token bytes: rank}, as tiktoken wants it."""
+    ranks = dict(ranks or {bytes([i]): i for i in range(256)})
+    start = tiktoken.Encoding("start", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+    counts = collections.Counter(piece for text in texts for piece in regex.findall(pattern, text))
+    pieces = [([start.decode_single_token_bytes(i) for i in start.encode_ordinary(piece)], n) for piece, n in counts.items()]
     while len(ranks) < vocab_size:
         pairs = collections.Counter()
-        for parts, n in words:
+        for parts, n in pieces:
             for pair in zip(parts, parts[1:], strict=False):
                 pairs[pair] += n
         if not pairs:
             break
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         ranks[best[0] + best[1]] = len(ranks)
-        for parts, _ in words:
+        for parts, _ in pieces:
             i = 0
             while i < len(parts) - 1:
                 if (parts[i], parts[i + 1]) == best:
@@ -105,10 +108,11 @@ def train_bpe(texts, vocab_size):
     return ranks
 
 
-def train_tokenizer(vocab_size: int = 4095, n: int = 50_000):
-    """Rebuild lexicon/puns.tiktoken on n sentences of the pun world; the end token comes on top of vocab_size."""
+def train_tokenizer(words: int = 3871, vocab_size: int = 4095, n: int = 50_000):
+    """Rebuild lexicon/puns.tiktoken on n sentences of the pun world: `words` tokens within words, then up to vocab_size whatever words
+    stand together most often; the end token comes on top."""
     texts = [text for record in world().corpus(n, seed=0) for text in record.values()]
-    ranks = train_bpe(texts, vocab_size)
+    ranks = train_bpe(texts, vocab_size, SENTENCES, train_bpe(texts, words))
     with replacing(RANKS) as path:
         path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
     lengths = [len(tokenizer("puns").encode(text)) for text in texts[:2000]]

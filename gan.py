@@ -41,7 +41,7 @@ class Config(Options):
     corpus_size: int = 20_000   # how many reals of the pun world
     estimator: str = "reinforce"    # reinforce, gumbel or hidden
     objective: str = "nonsaturating"    # G maximizes log D (nonsaturating) or minimizes log (1 - D) (original)
-    max_steps: int = 40         # rounds
+    max_steps: int = 30         # rounds
     batch_size: int = 256       # responses a round
     minibatch_size: int = 128
     d_steps: int = 2            # steps of D a round

@@ -191,7 +191,9 @@ def tokenizer_json(tok):
         merges = [(text[t[:i]], text[t[i:]]) for t in tokens for i in range(1, len(t)) if t[:i] in text and t[i:] in text]
         ids = {string: i for i, string in enumerate(text.values())}
         out = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, ignore_merges=True))
-        out.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)     # splits as data.PATTERN does
+        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(tok.encoding._pat_str), "isolated")
+        out.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         out.decoder = tokenizers.decoders.ByteLevel()
         out.add_special_tokens([tok.encoding.decode([tok.end_id])])
     pad = next((s for s in ("<|pad|>", "<pad>") if out.token_to_id(s) is not None), "<|pad|>")

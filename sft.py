@@ -30,7 +30,7 @@ from puns import world
 class Config(TrainOptions):
     out_dir: str = "runs/sft"
     data: str = ""              # a file of texts (formats: corpora.py); '' is the pun world
-    corpus_size: int = 410_000  # how many records of the pun world to write
+    corpus_size: int = 564_000  # how many records of the pun world to write
     init: str = ""              # checkpoint to start from; '' starts from random weights
     tokenizer: str = "puns"     # puns or gpt2; a checkpoint has its own
     arch: str = "gpt"           # gpt, palm or t5, and the size below, if it starts from random weights
@@ -42,7 +42,7 @@ class Config(TrainOptions):
     dropout: float = 0.0
     batch_size: int = 64
     grad_accum: int = 2         # batches a step; the texts of each are of about one length
-    max_steps: int = 3200
+    max_steps: int = 4400
     lr: float = 6e-3            # the highest rate; linear warm-up, then linearly down to zero
     warmup_steps: int = 100
     weight_decay: float = 0.0   # one pass over an endless corpus cannot overfit

@@ -74,10 +74,18 @@ def test_bpe_by_hand():
     assert b"aa" in data.train_bpe(["aaaa"], 258) and b"aaaa" in data.train_bpe(["aaaa"], 258)
 
 
+def test_bpe_across_words_by_hand():
+    """Pieces "ab ab.", " ab ab." and "ab ab", once each: "ab"-" ab" stands twice (as " ab"-"." does: the larger bytes go first),
+    then all is there once. Nothing is joined across the full stop."""
+    words = {bytes([i]): i for i in range(256)} | {b"ab": 256, b" ab": 257}
+    ranks = data.train_bpe(["ab ab. ab ab.", "ab ab"], 300, data.SENTENCES, words)
+    assert list(ranks)[256:] == [b"ab", b" ab", b"ab ab", b"ab ab.", b" ab.", b" ab ab."] and list(ranks.values()) == list(range(262))
+
+
 def test_bpe_brute_force():
     """The next merge is the pair that is most frequent among neighbors, counted anew over the whole text each time."""
     texts = [record["completion"] for record in world().corpus(30, seed=1)]
-    words = [[bytes([b]) for b in word.encode()] for text in texts for word in regex.findall(data.PATTERN, text)]
+    words = [[bytes([b]) for b in word.encode()] for text in texts for word in regex.findall(data.WORDS, text)]
     for token in list(data.train_bpe(texts, 256 + 15))[256:]:
         pairs = [pair for parts in words for pair in zip(parts, parts[1:], strict=False)]
         best = max(set(pairs), key=lambda pair: (pairs.count(pair), pair))
