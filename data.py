@@ -85,12 +85,12 @@ def tokenizer(name="puns"):
 
 def train_bpe(texts, vocab_size, pattern=WORDS, ranks=None):
     """Byte-pair encoding: starts from the 256 bytes, or from the tokens in `ranks`, and joins the most frequent neighbors within a piece
-    of the pattern, again and again. Returns {token bytes: rank}, as tiktoken wants it."""
+    of the pattern, again and again, up to vocab_size tokens. Returns {token bytes: rank}, as tiktoken wants it."""
     ranks = dict(ranks or {bytes([i]): i for i in range(256)})
     start = tiktoken.Encoding("start", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
     counts = collections.Counter(piece for text in texts for piece in regex.findall(pattern, text))
     pieces = [([start.decode_single_token_bytes(i) for i in start.encode_ordinary(piece)], n) for piece, n in counts.items()]
-    while len(ranks) < vocab_size:
+    for _ in bar(range(vocab_size - len(ranks)), "tokens", vocab_size - len(ranks), least=100):
         pairs = collections.Counter()
         for parts, n in pieces:
             for pair in zip(parts, parts[1:], strict=False):
@@ -98,7 +98,7 @@ def train_bpe(texts, vocab_size, pattern=WORDS, ranks=None):
         if not pairs:
             break
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        ranks[best[0] + best[1]] = len(ranks)
+        ranks.setdefault(best[0] + best[1], len(ranks))       # others may have made the same token
         for parts, _ in pieces:
             i = 0
             while i < len(parts) - 1:

@@ -80,6 +80,9 @@ def test_bpe_across_words_by_hand():
     words = {bytes([i]): i for i in range(256)} | {b"ab": 256, b" ab": 257}
     ranks = data.train_bpe(["ab ab. ab ab.", "ab ab"], 300, data.SENTENCES, words)
     assert list(ranks)[256:] == [b"ab", b" ab", b"ab ab", b"ab ab.", b" ab.", b" ab ab."] and list(ranks.values()) == list(range(262))
+    # a pair that makes a token which is there already gets no second rank: all ranks stay different
+    ranks = data.train_bpe(["x y x y"], 259, data.SENTENCES, {bytes([i]): i for i in range(256)} | {b"x y": 256})
+    assert list(ranks.values()) == list(range(len(ranks))) and list(ranks)[256:] == [b"x y", b"x "]
 
 
 def test_bpe_brute_force():
