@@ -14,9 +14,12 @@ A reward model of people's taste, from scratch: split -> pretrain -> train -> re
 Both data sets are for non-commercial use, and so is what was trained on them.
 """
 
+import collections
 import dataclasses
 import json
+import math
 import random
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +113,22 @@ def grams(text, size=2**18):
     return {zlib.crc32(gram.encode()) % size for gram in found}
 
 
-def linear(texts, others, loss_of, l2, size=2**18):
+def words(text):
+    return set(re.findall(r"[a-z']+", text.lower()))
+
+
+def rarity(puns):
+    """A function: how rare a text's words are, - sum of log(1 + in how many of the puns a word stands). Those that a text comes from,
+    be it a pun or its twin, are not counted: else all texts that a model learns from would seem to have commoner words than new ones."""
+    count = collections.Counter(word for pun in puns for word in words(pun.text))
+    own = {text: words(pun.text) for pun in puns for text in (pun.text, depun(pun))}
+    return lambda text: -sum(math.log(1 + count[word] - (word in own.get(text, ()))) for word in words(text))
+
+
+def linear(texts, others, loss_of, l2, extra=(), size=2**18):
     """Scores of other texts by a linear model over tf-idf of n-grams, of those that two texts have at least. loss_of(scores (N,)) is
-    its loss on the texts, summed, beside l2 / 2 |weights|^2: logistic or ridge regression, or Bradley-Terry."""
+    its loss on the texts, summed, beside l2 / 2 |weights|^2: logistic or ridge regression, or Bradley-Terry. extra: functions of a text
+    whose values count beside the n-grams, with weights that are free."""
     sets = [sorted(grams(text, size)) for text in texts]
     count = torch.bincount(torch.tensor([gram for found in sets for gram in found]), minlength=size)
     idf = torch.where(count > 1, torch.log((len(sets) + 1) / (count + 1)) + 1, 0.0)
@@ -123,17 +139,21 @@ def linear(texts, others, loss_of, l2, size=2**18):
         values = idf[columns] / norm[rows]
         return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (len(sets), size), check_invariants=True).coalesce()
 
-    x, weights = matrix(sets), torch.zeros(size + 1, requires_grad=True)
+    def numbers(texts):      # (N, how many extra)
+        return torch.tensor([[value(text) for value in extra] for text in texts])
+
+    x, more, weights = matrix(sets), numbers(texts), torch.zeros(size + 1 + len(extra), requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        total = loss_of((x @ weights[:size, None])[:, 0] + weights[size]) + l2 / 2 * weights[:size].square().sum()
+        total = loss_of((x @ weights[:size, None])[:, 0] + weights[size] + more @ weights[size + 1:]) + l2 / 2 * weights[:size].square().sum()
         total.backward()
         return total
 
     optimizer.step(loss)
-    return (matrix([sorted(grams(text, size)) for text in others]) @ weights.detach()[:size, None])[:, 0]
+    weights = weights.detach()
+    return (matrix([sorted(grams(text, size)) for text in others]) @ weights[:size, None])[:, 0] + numbers(others) @ weights[size + 1:]
 
 
 def yardsticks(known, others, z, pairs):
@@ -145,12 +165,16 @@ def yardsticks(known, others, z, pairs):
     row = {text: i for i, text in enumerate(both)}
     chosen, rejected = (torch.tensor([row[pair[side]] for pair in pairs]) for side in ("chosen", "rejected"))
     share = torch.tensor([pair["share"] for pair in pairs])
+    twins = [text for pun in known if depun(pun) not in ("", pun.text) for text in (pun.text, depun(pun))]     # pun, twin, pun, twin ...
     return {
         "linear, pun or not": linear(texts, others, lambda s: F.binary_cross_entropy_with_logits(s, is_pun, reduction="sum"), 0.3),
         "linear, ratings": linear([pun.text for pun in full], others, lambda s: F.mse_loss(s, ratings, reduction="sum") / 2, 1.0),
         "linear, comparisons": linear([text[1:] for text in both], others, lambda s: len(both) * reward_model.ranking_loss(
             torch.stack([s[chosen], s[rejected]], 1), share=share), 0.3),
-        "the longer one": torch.tensor([float(len(text.split())) for text in others])}
+        "linear, twins": linear(twins, others, lambda s: len(twins) / 2 * reward_model.ranking_loss(s.view(-1, 2)), 0.3,
+                                [lambda text: float(len(text)), rarity(known)]),
+        "the longer one": torch.tensor([float(len(text.split())) for text in others]),
+        "more letters": torch.tensor([float(len(text)) for text in others])}
 
 # -----------------------------------------------------------------------------
 # what is measured
@@ -228,7 +252,7 @@ def main(config):
         texts = list(dict.fromkeys(text for pun in test for text in (pun.text, depun(pun)) if text))
         ours, lm, pairs = scores_of(config, folder / str(seed), seed, known, texts)
         found = {"reward model": ours} | yardsticks(known, texts, z, pairs)
-        found |= {f"both, {task}": together(found[f"linear, {task}"], ours) for task in ("pun or not", "ratings")}
+        found |= {f"both, {task}": together(found[f"linear, {task}"], ours) for task in ("pun or not", "ratings", "twins")}
         for name, scores in found.items():
             tables.setdefault(name, []).append(measures(test, dict(zip(texts, scores.tolist(), strict=True)), z))
         score = dict(zip(texts, ours.tolist(), strict=True))

@@ -1,6 +1,7 @@
 """The reward model of people's taste: its yardsticks by hand, and the whole road on puns of our own."""
 
 import json
+import math
 import random
 
 import pytest
@@ -14,14 +15,25 @@ from realpuns import Pun
 def test_the_linear_model_finds_what_matters():
     rng = random.Random(0)
     texts = [" ".join(rng.sample("bread rose while bakers sang loudly about dough and flour".split(), 6)) for _ in range(120)]
-    known, others = [Pun(str(i), text, "homographic", "dough" in text, part="full") for i, text in enumerate(texts[:80])], texts[80:]
+    known = [Pun(str(i), text, "heterographic", "dough" in text, "dough" * ("dough" in text), "doe" * ("dough" in text), "dough",
+                 (text.find("dough"), text.find("dough") + 5), part="full") for i, text in enumerate(texts[:80])]
+    others = texts[80:] + ["a bigger cat", "a big cat"]        # words that are in no known text
     pairs = [{"chosen": " " + a.text, "rejected": " " + b.text, "share": 0.9} for a, b in rng.sample(
         [(a, b) for a in known for b in known if a.is_pun and not b.is_pun], 200)]
     found = people.yardsticks(known, others, {pun.id: float(pun.is_pun) for pun in known}, pairs)
     for name in ("linear, pun or not", "linear, ratings", "linear, comparisons"):
         score = dict(zip(others, found[name].tolist(), strict=True))
-        assert people.metrics.auc([score[text] for text in others if "dough" in text], [score[text] for text in others if "dough" not in text]) > 0.95
-    assert found["the longer one"].tolist() == [6.0] * 40
+        assert people.metrics.auc([score[text] for text in others if "dough" in text],
+                                  [score[text] for text in others[:40] if "dough" not in text]) > 0.95
+    assert found["the longer one"].tolist() == [6.0] * 40 + [3.0] * 2 and found["more letters"][-2:].tolist() == [12.0, 9.0]
+    assert found["linear, twins"][-2] > found["linear, twins"][-1]                      # each twin was two letters shorter
+
+
+def test_rarity_by_hand():
+    """"the" stands in both puns, "sole" and "mate" in one, "soul" in none. A text's own pun does not count, be it the pun or its twin."""
+    rarity = people.rarity([Pun("a", "The sole.", "heterographic", True, "sole", "soul", "sole", (4, 8)), Pun("b", "the mate", "", True)])
+    assert rarity("the mate sole the") == pytest.approx(-math.log(3) - 2 * math.log(2)) and rarity("cod") == 0
+    assert rarity("The sole.") == rarity("The soul.") == pytest.approx(-math.log(2))
 
 
 def test_standardised_by_hand():
@@ -80,7 +92,8 @@ def test_the_whole_road(tmp_path, capsys, monkeypatch):
     people.main(config)
     report = json.loads((tmp_path / "people" / "report.json").read_text())
     assert set(report["tables"]) == {"reward model", "linear, pun or not", "linear, ratings", "linear, comparisons",
-                                     "both, pun or not", "both, ratings", "the longer one"} and (tmp_path / "people" / "calibration.png").exists()
+                                     "linear, twins", "both, pun or not", "both, ratings", "both, twins", "the longer one",
+                                     "more letters"} and (tmp_path / "people" / "calibration.png").exists()
     assert "± " in (tmp_path / "people" / "report.md").read_text()
     for seed in (1, 2):       # no held-out text was read
         folder = tmp_path / "people" / str(seed)
