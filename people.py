@@ -6,7 +6,7 @@ A reward model of people's taste, from scratch: split -> pretrain -> train -> re
     3. reward_model.py: comparisons of the training texts only (realpuns.preferences): which of two the same five raters found
        funnier, with the share of raters as a soft label; puns over non-puns of their length; puns over their twins
     4. all of it on held-out texts, for three seeds, each with a split of its own; beside it what is to be beaten: linear models
-       over word and character n-grams, and "the longer one"; and both together
+       over word and character n-grams, and "the longer one", in words or letters; and both together
 
     python data.py fetch semeval; python data.py fetch expun
     python people.py                                             runs/people/report.md, report.json, calibration.png
