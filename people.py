@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 import metrics
 import reward_model
 import sft
-from common import bar, replacing, run, setup
+from common import InputError, bar, replacing, run, setup
 from corpora import load, split
 from data import tokenizer
 from model import load_model
@@ -246,6 +246,9 @@ def main(config):
     folder = Path(config.out_dir)
     rated = {pun.id: pun for pun in load(config.expun, "expun", semeval=config.semeval).records}
     puns = [rated.get(pun.id, pun) for pun in load(config.semeval, "semeval").records]
+    if not any(depun(pun) for pun in puns):
+        raise InputError(f"--semeval {config.semeval}: no heterographic pun whose other word is known (subtask1-heterographic-test.xml and "
+                         "its .gold files of all three subtasks); a part of the report is about these")
     z, tables, points, pun_metrics = standardised([pun for pun in puns if pun.part == "full"]), {}, [], []
     for seed in bar(config.seeds, "people", len(config.seeds)):
         known, test = split(puns, config.held_out, seed)

@@ -9,6 +9,7 @@ import torch
 from test_corpora import write_expun
 
 import people
+from common import InputError
 from realpuns import Pun
 
 
@@ -83,6 +84,14 @@ def test_calibration(tmp_path):
     honest = [(p, float(hit)) for p, hit in zip(sure.tolist(), torch.rand(4000) < sure, strict=True)]
     assert people.draw_calibration(honest, tmp_path / "a.png") < 0.04 and (tmp_path / "a.png").exists()
     assert people.draw_calibration([(0.99, float(i % 2)) for i in range(100)], tmp_path / "a.png") == pytest.approx(0.49)
+
+
+def test_without_heterographic_puns_it_says_so(tmp_path):
+    semeval, expun = write_expun(tmp_path)
+    for file in semeval.rglob("*heterographic*"):
+        file.unlink()
+    with pytest.raises(InputError, match="no heterographic pun whose other word is known"):
+        people.main(people.Config(str(semeval), str(expun), str(tmp_path / "people"), device="cpu"))
 
 
 def test_the_whole_road(tmp_path, capsys, monkeypatch):
