@@ -1,6 +1,8 @@
 """What the tests share: tiny models, a tiny trained checkpoint, a tiny lexicon. All on the CPU, in float32, on one thread."""
 
 import contextlib
+import http.server
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,22 @@ def awake(model):
 def off():
     """What stages take for `autocast`: here it does nothing."""
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def serving(handler, **attributes):
+    """A real server on loopback, on a port that the system chose, for as long as the block lasts; handlers find the attributes at self.server."""
+    handler.log_message = lambda *_: None
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    vars(server).update(attributes, url=f"http://127.0.0.1:{server.server_port}")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ import io
 import itertools
 import json
 import tarfile
-import threading
 
 import pytest
+from conftest import serving
 
 import corpora
 import fetch
@@ -640,28 +640,12 @@ class Server(http.server.BaseHTTPRequestHandler):
             body = body[: server.cut]
         self.wfile.write(body)
 
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture
 def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.content, server.cut, server.cuts, server.ranges, server.status, server.requests = (
-        bytes(range(256)) * 2000,
-        200_000,
-        0,
-        True,
-        200,
-        [],
-    )
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/data.bin"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Server, content=bytes(range(256)) * 2000, cut=200_000, cuts=0, ranges=True, status=200, requests=[]) as server:
+        server.url += "/data.bin"
+        yield server
 
 
 def pin(server):

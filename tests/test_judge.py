@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from conftest import serving
 
 import judge
 from common import InputError
@@ -47,9 +48,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             pass        # the client of a slow answer is gone
 
-    def log_message(self, *args):
-        pass
-
 
 def status(code, content=b"busy", **headers):
     return "status", code, {name.replace("_", "-"): value for name, value in headers.items()}, content
@@ -60,15 +58,9 @@ def server(monkeypatch):
     for name in ("WORDPLAY_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.script, server.requests, server.lock, server.answer = [], [], threading.Lock(), lambda question: "1"
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Handler, script=[], requests=[], lock=threading.Lock(), answer=lambda question: "1") as server:
+        server.url += "/v1"
+        yield server
 
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "?"}]}

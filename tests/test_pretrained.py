@@ -6,12 +6,12 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import serving
 from test_model import close, make
 
 from common import InputError
@@ -183,29 +183,20 @@ def test_download_cache_and_no_network(tmp_path):
                 self.wfile.write(body)
         do_HEAD = do_GET
 
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def load(name, **settings):
+    def load(name, url="http://127.0.0.1:1", **settings):
         code = f"from model import *\nfrom data import tokenizer\nm = load_model('{name}')\n" \
                "print(m.logits(torch.tensor([[5, 6]]), torch.tensor([[7, 8]])).tolist(), tokenizer(m.tokenizer).encode('used'))"
-        environ = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+        environ = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"),
                                 "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "TQDM_POSITION": "-1"} | settings
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
-    try:
-        first = load("t5-small")
+    with serving(Hub) as server:
+        first = load("t5-small", server.url)
         assert first.returncode == 0, first.stderr
         assert "100%" in first.stderr                                              # the progress bar
         assert {path for path in asked if "/resolve/" in path} == {                # the pinned one, no pickle
             f"/{repo}/resolve/{revision}/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")}
         logits = load_model(folder).logits(torch.tensor([[5, 6]]), torch.tensor([[7, 8]])).tolist()
         assert first.stdout == f"{logits} {tokenizer(str(folder)).encode('used')}\n"
-    finally:
-        server.shutdown()
-        server.server_close()
     assert load("t5-small", HF_HUB_OFFLINE="1").stdout == first.stdout             # from the cache
     missing = load("gpt2", HF_HUB_OFFLINE="1").stderr
     assert "config.json of openai-community/gpt2 is not in the cache" in missing and "hf download" in missing
