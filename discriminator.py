@@ -23,9 +23,10 @@ import torch.nn.functional as F
 import tyro
 from torch.nn.utils.rnn import pad_sequence
 
-from common import InputError, Options, Run, adamw, optimizer_step, replacing, run, sampler, set_lr, setup, shard
+from common import InputError, Options, Run, replacing, run, sampler, setup, shard
 from data import Batches, encode_records, generate, read_records, tokenizer
 from model import GPTBlock, ModelConfig, build_model, load_model
+from optim import adamw, optimizer_step, set_lr
 from puns import world
 
 

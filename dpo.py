@@ -24,10 +24,11 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Run, TrainOptions, adamw, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
+from common import InputError, Run, TrainOptions, all_mean, run, sampler, setup, shard
 from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
 from lora import Adapted, prepare, save
 from model import load_model, logprobs
+from optim import adamw, optimizer_step, set_lr
 from puns import world
 
 

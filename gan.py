@@ -26,10 +26,11 @@ import torch.nn.functional as F
 import tyro
 
 import ppo
-from common import InputError, Options, Run, adamw, optimizer_step, run, sampler, set_lr, setup, shard, world_size
+from common import InputError, Options, Run, run, sampler, setup, shard, world_size
 from data import Batches, encode_records, show, tokenizer
 from discriminator import Discriminator, discriminator_loss, load_discriminator, load_reals, save_discriminator
 from model import load_model, save_model
+from optim import adamw, optimizer_step, set_lr
 
 
 @dataclass(slots=True)

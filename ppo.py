@@ -26,10 +26,11 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import InputError, Run, TrainOptions, adamw, all_mean, gather, optimizer_step, run, sampler, set_lr, setup, shard
+from common import InputError, Run, TrainOptions, all_mean, gather, run, sampler, setup, shard
 from data import Batches, describe, encode_records, rates, read_records, show, tokenizer
 from lora import Adapted, load_adapter, megabytes, prepare, save
 from model import Scorer, load_model, logprobs
+from optim import adamw, optimizer_step, set_lr
 from puns import world
 
 

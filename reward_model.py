@@ -23,11 +23,12 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Run, TrainOptions, adamw, optimizer_step, run, sampler, set_lr, setup, shard
+from common import InputError, Run, TrainOptions, run, sampler, setup, shard
 from data import Batches, encode_records, generate, read_records, tokenizer
 from label import label
 from lora import prepare, save
 from model import Scorer, load_model
+from optim import adamw, optimizer_step, set_lr
 from puns import world
 
 

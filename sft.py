@@ -4,7 +4,7 @@ Stage 1, supervised fine-tuning: a language model learns to complete prompts as 
     1. take a batch of (prompt, completion) records
     2. log-probs of every completion token given the prompt and the tokens before it
     3. loss = their mean, negated: cross-entropy on the completion alone, its end token included (the prompt is given, not learned)
-    4. optimizer step (Muon and AdamW, common.py); sometimes measure the loss on unseen records, and let the model write
+    4. optimizer step (Muon and AdamW, optim.py); sometimes measure the loss on unseen records, and let the model write
 
 What it cannot beat: the entropy of the grammar that wrote the corpus (puns.py computes it). The first number to look at is how
 far the validation loss still is above that floor. Left out on purpose: packing of several texts into one row.
@@ -19,10 +19,11 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from common import Muon, Run, TrainOptions, all_mean, optimizer_step, run, sampler, set_lr, setup, shard
+from common import Run, TrainOptions, all_mean, run, sampler, setup, shard
 from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
 from lora import prepare, save
 from model import ModelConfig, build_model, load_model, logprobs
+from optim import Muon, optimizer_step, set_lr
 from puns import world
 
 

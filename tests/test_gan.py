@@ -13,9 +13,10 @@ from conftest import CPU, END, PAD, awake, ids, off, toy
 import discriminator
 import gan
 import ppo
-from common import InputError, adamw, optimizer_step
+from common import InputError
 from data import Batches
 from discriminator import Discriminator, discriminator_loss, load_discriminator, save_discriminator
+from optim import adamw, optimizer_step
 
 PROMPT = ids([PAD, 1, 2], [3, 4, 5], [PAD, PAD, 6])
 RESPONSE = ids([6, 7, END, PAD, PAD], [8, END, PAD, PAD, PAD], [9, 9, 9, 9, END])

@@ -11,9 +11,10 @@ import dpo
 import ppo
 import reward_model
 import sft
-from common import InputError, adamw, optimizer_step, read_jsonl
+from common import InputError, read_jsonl
 from lora import Adapted, adapter, add_adapter, load_adapter, megabytes, merged, prepare, save_adapter, train_only
 from model import Scorer, load_model, logprobs, save_model
+from optim import adamw, optimizer_step
 
 
 @pytest.fixture(params=["gpt", "palm", "t5-v1.0", "t5-v1.1"])

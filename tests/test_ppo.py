@@ -10,8 +10,9 @@ import torch.nn as nn
 from conftest import CPU, END, PAD, awake, ids, off, toy
 
 import ppo
-from common import InputError, adamw, read_jsonl
+from common import InputError, read_jsonl
 from model import logprobs
+from optim import adamw
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
 

@@ -8,9 +8,10 @@ import torch
 from conftest import CPU, END, PAD, awake, ids, off, toy
 
 import reward_model
-from common import InputError, adamw, optimizer_step, read_jsonl
+from common import InputError, read_jsonl
 from data import Batches, write
 from model import Scorer, load_model, save_model
+from optim import adamw, optimizer_step
 from puns import world
 from reward_model import evaluate, ranking_loss, regression_loss, score_all, score_texts, spearman
 

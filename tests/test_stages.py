@@ -24,11 +24,12 @@ import gan
 import ppo
 import reward_model
 import sft
-from common import InputError, adamw, optimizer_step, read_jsonl, set_lr
+from common import InputError, read_jsonl
 from data import Batches
 from model import Scorer, load_model, logprobs, save_model
+from optim import adamw, optimizer_step, set_lr
 
-MODULES = ["common", "data", "puns", "model", "sft", "reward_model", "discriminator", "ppo", "dpo", "gan", "evaluate"]
+MODULES = ["common", "optim", "data", "puns", "model", "sft", "reward_model", "discriminator", "ppo", "dpo", "gan", "evaluate"]
 STAGES = {"sft": sft, "reward_model": reward_model, "discriminator": discriminator, "ppo": ppo, "dpo": dpo, "gan": gan, "evaluate": evaluate}
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -138,7 +139,7 @@ def attributes_of_config(path):
 @pytest.mark.parametrize("name, field", [(name, field.name) for name, module in STAGES.items() for field in dataclasses.fields(module.Config)])
 def test_every_option_is_read(name, field):
     """In its own file, in the plumbing, or by ppo's functions that gan calls. (All file options of ppo apply to gan alike.)"""
-    files = [name, "common", "lora"] + ["ppo", "discriminator"] * (name == "gan")
+    files = [name, "common", "optim", "lora"] + ["ppo", "discriminator"] * (name == "gan")
     assert any(field in attributes_of_config(ROOT / f"{file}.py") for file in files)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import toy
 
-from common import Muon, orthogonalize, set_lr
+from optim import Muon, orthogonalize, set_lr
 
 
 @pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)])
