@@ -21,14 +21,14 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 # As many parameters as the default gpt, within 5 %: palm has as many anyway; t5 has an encoder, a decoder and an output layer, so it is narrower,
 # and steps of one size move what it puts out less. The discriminators of both need a higher rate, else they see less than that of gpt does, and
-# PPO takes more and larger steps to get to the same place. t5's GAN also pays half as much for KL. All of it was chosen on seed 1337.
+# PPO takes more steps and pays less for KL to get to the same place. t5's GAN also pays half as much for KL. All of it was chosen on seed 1337.
 SFT_t5    := --n_embd 144 --n_inner 144 --lr 2e-2
 REWARD_t5 := --lr 1e-3
-PPO_t5    := --max_steps 100 --lr 2.5e-4
+PPO_t5    := --max_steps 100 --lr 2.5e-4 --kl_coef 0.2
 DPO_t5    := --lr 2.4e-4
 DISC_t5   := --lr 1e-3
 GAN_t5    := --lr 3e-4 --d_lr 4e-4 --kl_coef 0.05
-PPO_palm  := --max_steps 100 --lr 1.7e-4
+PPO_palm  := --max_steps 100 --kl_coef 0.2
 DISC_palm := --lr 1e-3
 GAN_palm  := --d_lr 4e-4
 

@@ -40,13 +40,13 @@ class Config(TrainOptions):
     init: str = "runs/sft/ckpt.pt"              # the policy to start from, and the reference it is leashed to
     reward: str = "runs/reward_model/ckpt.pt"   # the reward model
     data: str = ""              # JSONL of prompts; '' is the pun world
-    max_steps: int = 60         # rollouts
+    max_steps: int = 80         # rollouts
     batch_size: int = 256       # responses a rollout
     minibatch_size: int = 128   # responses a gradient step
     ppo_epochs: int = 4         # passes over each rollout
     max_new_tokens: int = 32
     temperature: float = 1.0    # of sampling, and of every log-prob
-    kl_coef: float = 0.2        # beta: what a nat of distance to the SFT policy costs
+    kl_coef: float = 0.25       # beta: what a nat of distance to the SFT policy costs
     kl_target: float = 0.0      # nats a response; adapts kl_coef to hold this distance; 0 keeps kl_coef fixed
     kl_horizon: int = 10_000    # responses over which it adapts
     end_penalty: float = 1.0    # off the score of a response without an end token
@@ -56,7 +56,7 @@ class Config(TrainOptions):
     lam: float = 0.95
     clip_range: float = 0.2
     vf_coef: float = 0.5
-    lr: float = 1e-4
+    lr: float = 1.7e-4
     warmup_steps: int = 5
     grad_clip: float = 1.0
     ppg_interval: int = 0       # an auxiliary value phase after this many rollouts (PPG, arXiv 2009.04416); 0 is never
