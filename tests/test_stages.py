@@ -139,7 +139,7 @@ def attributes_of_config(path):
 @pytest.mark.parametrize("name, field", [(name, field.name) for name, module in STAGES.items() for field in dataclasses.fields(module.Config)])
 def test_every_option_is_read(name, field):
     """In its own file, in the plumbing, or by ppo's functions that gan calls. (All file options of ppo apply to gan alike.)"""
-    files = [name, "common", "optim", "lora"] + ["ppo", "discriminator"] * (name == "gan")
+    files = [name, "common", "lora"] + ["ppo", "discriminator"] * (name == "gan")
     assert any(field in attributes_of_config(ROOT / f"{file}.py") for file in files)
 
 
