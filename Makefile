@@ -1,12 +1,15 @@
-# make               the main job: install, train all six stages on the built-in pun world, table, figures; again: only what is missing
-# make SIZE=gpu      the larger configuration, about 25 M parameters, for a consumer GPU
-# make TINY=1        the same in a minute, to see that everything runs (what it learns is nothing)
+# make               the main job: installs, trains all six stages on the pun world, table, figures;
+#                    again: only what is missing
+# make SIZE=gpu      the larger configuration, 27 M parameters, for a consumer GPU
+# make TINY=1        the same in a minute, to see that everything runs (it learns nothing);
+#                    with SIZE=gpu: that size's options, shorter and narrower
 # make gans          the GAN's other two estimators; python evaluate.py then has them in its table
-# make notebooks     executes all notebooks, in place; with TINY=1 in seconds, and the files stay as they are
-# make compare       gpt, palm and t5 at the same number of parameters, three seeds each: nine times make (hours), then one table
+# make compare       gpt, palm and t5 with as many parameters, three seeds each: nine times make
+# make notebooks     executes all notebooks in place; with TINY=1 in a minute, without changing them
 # make test          ruff and the whole test suite
 # make clean         removes runs/ and nothing else
-# Plain commands do the same: each line below is what you would type, with the paths that are its defaults.
+#
+# Each line below is what you would type yourself, with the paths that are its defaults.
 
 PYTHON ?= python3
 PY     := .venv/bin/python
@@ -15,50 +18,53 @@ SIZE   ?= cpu
 SEED   ?= 1337
 R      ?= runs$(if $(TINY),/tiny,)$(if $(filter gpu,$(SIZE)),/gpu,)
 
-# Keeps the C library from giving memory back after each step, only to ask for it again: a fifth of the time on a CPU.
+# Keeps the C library from returning memory after each step, only to ask for it again.
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_MMAP_THRESHOLD_ := 33554432
+export PYTHONUTF8 := 1
 
-# As many parameters as the default gpt, within 5 %: palm has as many anyway; t5 has an encoder, a decoder and an output layer, so it is narrower,
-# and steps of one size move what it puts out less. The discriminators of both need a higher rate, else they see less than that of gpt does, and
-# PPO takes more steps and pays less for KL to get to the same place. t5's GAN also pays half as much for KL. All of it was chosen on seed 1337.
-SFT_t5    := --n_embd 144 --n_inner 144 --lr 2e-2
-REWARD_t5 := --lr 1e-3
-PPO_t5    := --max_steps 100 --lr 2.5e-4 --kl_coef 0.2
-DPO_t5    := --lr 2.4e-4
-DISC_t5   := --lr 1e-3
-GAN_t5    := --lr 3e-4 --d_lr 4e-4 --kl_coef 0.05
-PPO_palm  := --max_steps 100 --kl_coef 0.2
-DISC_palm := --lr 1e-3
-GAN_palm  := --d_lr 4e-4
-
-ifdef TINY
-  SFT  := --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 --n_layer 1 --n_embd 32 --n_head 2 --n_inner 0
-  REWARD := --corpus_size 500 --max_steps 10 --batch_size 8 --eval_interval 5
-  DISC := --corpus_size 200 --max_steps 6 --batch_size 8 --eval_interval 3
-  PPO  := --max_steps 2 --batch_size 16 --minibatch_size 8 --sample_interval 1
-  DPO  := --corpus_size 500 --max_steps 6 --batch_size 8 --eval_interval 3
-  GAN  := --corpus_size 200 --max_steps 2 --batch_size 16 --minibatch_size 8 --d_batch_size 8 --sample_interval 1
-  EVAL := --samples 32 --best_of 2
-else ifeq ($(SIZE),gpu)
-  SFT  := --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 --batch_size 256 --max_steps 6000 --lr 3e-3 --compile
+# The defaults are those of a gpt on a CPU. palm has as many parameters anyway. t5 has an encoder, a
+# decoder, and an output layer, so it is narrower, and its weights need larger steps. The
+# discriminators of both need a higher rate, else they see less than that of gpt does; PPO takes more
+# steps and pays less for KL to get to the same place. All of it was chosen on seed 1337.
+ifeq ($(SIZE),gpu)
+  SFT    := --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 \
+            --batch_size 256 --max_steps 6000 --lr 3e-3 --compile
   REWARD := --batch_size 256 --lr 2e-4
-  DISC := --batch_size 256 --lr 2e-4
-  PPO  := --batch_size 1024 --minibatch_size 512 --lr 1e-4
-  DPO  := --batch_size 256 --lr 1e-4
-  GAN  := --batch_size 1024 --minibatch_size 512 --d_batch_size 256 --lr 1e-4
-  EVAL := --samples 10000
-else
-  SFT  := $(SFT_$(ARCH))
-  REWARD := $(REWARD_$(ARCH))
-  DISC := $(DISC_$(ARCH))
-  PPO  := $(PPO_$(ARCH))
-  DPO  := $(DPO_$(ARCH))
-  GAN  := $(GAN_$(ARCH))
+  DISC   := --batch_size 256 --lr 2e-4
+  PPO    := --batch_size 1024 --minibatch_size 512 --lr 1e-4
+  DPO    := --batch_size 256 --lr 1e-4
+  GAN    := --batch_size 1024 --minibatch_size 512 --d_batch_size 256 --lr 1e-4
+  EVAL   := --samples 10000
+else ifeq ($(ARCH),palm)
+  DISC   := --lr 1e-3
+  PPO    := --max_steps 100 --kl_coef 0.2
+  GAN    := --d_lr 4e-4
+else ifeq ($(ARCH),t5)
+  SFT    := --n_embd 144 --n_inner 144 --lr 2e-2
+  REWARD := --lr 1e-3
+  DISC   := --lr 1e-3
+  PPO    := --max_steps 100 --lr 2.5e-4 --kl_coef 0.2
+  DPO    := --lr 2.4e-4
+  GAN    := --lr 3e-4 --d_lr 4e-4 --kl_coef 0.05
+endif
+
+# Of an option that stands twice, the last one counts.
+ifdef TINY
+  SFT    += --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 \
+            --n_layer 1 --n_embd 32 --n_head 2 --n_inner 0
+  REWARD += --corpus_size 500 --max_steps 10 --batch_size 8 --eval_interval 5
+  DISC   += --corpus_size 200 --max_steps 6 --batch_size 8 --eval_interval 3
+  PPO    += --max_steps 2 --batch_size 16 --minibatch_size 8 --sample_interval 1
+  DPO    += --corpus_size 500 --max_steps 6 --batch_size 8 --eval_interval 3
+  GAN    += --corpus_size 200 --max_steps 2 --batch_size 16 --minibatch_size 8 \
+            --d_batch_size 8 --sample_interval 1
+  EVAL   += --samples 32 --best_of 2
 endif
 
 .PHONY: all gans compare notebooks test ruff clean
 all: $R/report.json
+	@echo 'Now let them write:  $(PY) sample.py "a banker"'
 
 $R/sft/ckpt.pt: | .venv/ready
 	$(PY) sft.py --arch $(ARCH) --seed $(SEED) --out_dir $R/sft $(SFT)
@@ -67,25 +73,30 @@ $R/reward_model/ckpt.pt: $R/sft/ckpt.pt
 $R/discriminator/ckpt.pt: $R/sft/ckpt.pt
 	$(PY) discriminator.py --seed $(SEED) --out_dir $R/discriminator --init $R/sft/ckpt.pt $(DISC)
 $R/ppo/ckpt.pt: $R/sft/ckpt.pt $R/reward_model/ckpt.pt
-	$(PY) ppo.py --seed $(SEED) --out_dir $R/ppo --init $R/sft/ckpt.pt --reward $R/reward_model/ckpt.pt $(PPO)
+	$(PY) ppo.py --seed $(SEED) --out_dir $R/ppo --init $R/sft/ckpt.pt \
+	    --reward $R/reward_model/ckpt.pt $(PPO)
 $R/dpo/ckpt.pt: $R/sft/ckpt.pt
 	$(PY) dpo.py --seed $(SEED) --out_dir $R/dpo --init $R/sft/ckpt.pt $(DPO)
 $R/gan/ckpt.pt: $R/sft/ckpt.pt $R/discriminator/ckpt.pt
-	$(PY) gan.py --seed $(SEED) --out_dir $R/gan --init $R/sft/ckpt.pt --disc $R/discriminator/ckpt.pt $(GAN)
+	$(PY) gan.py --seed $(SEED) --out_dir $R/gan --init $R/sft/ckpt.pt \
+	    --disc $R/discriminator/ckpt.pt $(GAN)
 $R/report.json: $R/ppo/ckpt.pt $R/dpo/ckpt.pt $R/gan/ckpt.pt
-	$(PY) evaluate.py --out_dir $R --reference $R/sft/ckpt.pt --reward $R/reward_model/ckpt.pt $(EVAL)
+	$(PY) evaluate.py --out_dir $R --reference $R/sft/ckpt.pt \
+	    --reward $R/reward_model/ckpt.pt $(EVAL)
 
 # the other two gradients of the GAN, for comparison
 $R/gan_%/ckpt.pt: $R/sft/ckpt.pt $R/discriminator/ckpt.pt
-	$(PY) gan.py --seed $(SEED) --estimator $* --out_dir $R/gan_$* --init $R/sft/ckpt.pt --disc $R/discriminator/ckpt.pt $(GAN)
+	$(PY) gan.py --seed $(SEED) --estimator $* --out_dir $R/gan_$* --init $R/sft/ckpt.pt \
+	    --disc $R/discriminator/ckpt.pt $(GAN)
 gans: $R/gan_gumbel/ckpt.pt $R/gan_hidden/ckpt.pt
 
 # architectures side by side: a whole run in $R/compare/<arch>-<seed> each
-RUNS := $(foreach arch,gpt palm t5,$(foreach seed,1337 1338 1339,$R/compare/$(arch)-$(seed)/report.json))
+SEEDS := 1337 1338 1339
+RUNS  := $(foreach arch,gpt palm t5,$(SEEDS:%=$R/compare/$(arch)-%/report.json))
 $(RUNS): | .venv/ready
 	$(MAKE) R=$(@D) $(join ARCH= SEED=,$(subst -, ,$(notdir $(@D))))
 compare: $(RUNS)
-	$(PY) compare.py $R/compare
+	$(PY) evaluate.py --compare $R/compare
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,189 +1,375 @@
 """
-The text: tokenizer, records and batches.
+The text: tokenizer, records, batches, and what a model writes.
 
-Records are dictionaries in the field's standard JSONL, one object a line:
+Records are JSON objects, one a line of a UTF-8 file (JSONL), in the field's standard shapes:
 
-    {"prompt": "About a banker:", "completion": " I used to be a banker, but then I lost interest."}          sft
-    {"prompt": "About a banker:", "chosen": " ...", "rejected": " ...", "margin": 1.0}                        preferences
-    {"prompt": "About a banker:", "ranked": [" best", " ...", " worst"]}                                      the same for K texts
-    {"prompt": "About a banker:", "completion": " ...", "rating": 3.5}                                     ratings
-    {"prompt": "About a banker:"}                                                                             prompts alone
+    {"prompt": "About a banker:", "completion": " I used to be a banker, but ..."}    sft, gan
+    {"prompt": "About a banker:", "chosen": " ...", "rejected": " ..."}               preferences
+    {"prompt": "About a banker:", "ranked": [" best", " ...", " worst"]}              rankings
+    {"prompt": "About a banker:", "completion": " ...", "rating": 3.5}                ratings
+    {"prompt": "About a banker:"}                                                     prompts
 
-The space between prompt and completion belongs to the completion. The end token is not in the file: it is added here.
-A preference may have a margin (by how much) and a share (how many of those asked agree; .5 is a tie). By default the records come
-from the pun world (puns.py); with --data FILE from a file of these shapes or of any other format that corpora.py knows.
-
-    python data.py train-tokenizer      rebuilds lexicon/puns.tiktoken from the pun world
-    python data.py show FILE            what corpora.py makes of a file: counts, lengths, duplicates, what it drops and why
-    python data.py fetch semeval        real puns from their public home, after you saw the licence
+A preference may have a margin (by how much) and a share (of the raters who agree; 0.5 is a tie).
+The space between prompt and completion belongs to the completion. The end token is not in the
+file: it is added here. Other formats are converted first: python -m real.corpora.
 """
 
 import base64
-import collections
 import functools
+import hashlib
+import json
+import math
+import zlib
+from pathlib import Path
 
-import regex
 import tiktoken
 import torch
-import tyro
 
-from common import InputError, bar, replacing, run
-from corpora import read_records as read_records  # the stages read files through this one door
-from corpora import show as show_file
-from fetch import fetch
+from common import InputError, progress_bar, rank, world_size
 from model import logprobs
 from puns import LEXICON, world
 
 RANKS = LEXICON / "puns.tiktoken"
-# What may merge, first: within a word, GPT-2's rule (contractions, words with the space before them, numbers, punctuation, space) ...
-WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# ... and then within a sentence, so that " I used to be a" is one token: https://arxiv.org/abs/2503.13423
+# Tokens of the pun world may span words but not sentences: " I used to be a" is one token
+# (https://arxiv.org/abs/2503.13423).
 SENTENCES = r"""[^.?!]++[.?!"]*+|[.?!"]++"""
 
 # -----------------------------------------------------------------------------
 # tokenizer
 
 class Tokenizer:
-    """A tiktoken Encoding with an end id and a pad id. The pad id is vocab_size, one past the last token; see model.py."""
+    """Text to ids and back, with an end token and a pad id of its own.
 
-    def __init__(self, name="puns"):
-        """name: puns (the ranks in lexicon/puns.tiktoken), gpt2 (fetched by tiktoken once), or a model that has a tokenizer.json:
-        a folder, or a name on the hub such as google/flan-t5-small."""
+    pad_token_id is vocab_size, one past the last token; see model.py."""
+
+    def __init__(self, name="puns", eos_token_id=None, vocab_size=None):
+        """name: puns (lexicon/puns.tiktoken), gpt2 (fetched once by tiktoken), or the path of a
+        tokenizer.json, which does not say its own eos_token_id and vocab_size."""
         self.name = name
+        self.path = None            # of the file that a checkpoint must have beside it
         if name == "puns":
-            # not tiktoken's own loader: it keeps a copy elsewhere and would not see the file change
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, RANKS.read_text().splitlines())}
+            content = RANKS.read_bytes()
+            # tiktoken's own loader would keep a copy elsewhere, and not see the file change.
+            ranks = {base64.b64decode(token): int(rank)
+                     for token, rank in map(bytes.split, content.splitlines())}
             self.encoding = tiktoken.Encoding("puns", pat_str=SENTENCES, mergeable_ranks=ranks,
                                               special_tokens={"<|end|>": len(ranks)})
-            self.end_id = len(ranks)
+            self.eos_token_id = len(ranks)
+            self.vocab_size = self.encoding.n_vocab
         elif name == "gpt2":
+            content = b"gpt2"
             try:
                 self.encoding = tiktoken.get_encoding("gpt2")
             except Exception as error:   # tiktoken raises whatever its HTTP library does
-                raise InputError(f"tiktoken could not fetch the gpt2 tokenizer, which needs a network once: {error}") from None
-            self.end_id = self.encoding.eot_token
+                raise InputError("tiktoken could not fetch the gpt2 tokenizer, which needs a "
+                                 f"network once: {error}") from None
+            self.eos_token_id = self.encoding.eot_token
+            self.vocab_size = self.encoding.n_vocab
         else:
-            from pretrained import JSONEncoding
-            self.encoding = JSONEncoding(name)
-            self.end_id = self.encoding.end_id
-        self.vocab_size = self.pad_id = self.encoding.n_vocab
+            self.path = Path(name)
+            self.encoding = JSONEncoding(self.path, eos_token_id)
+            content = self.path.read_bytes()
+            self.eos_token_id, self.vocab_size = eos_token_id, vocab_size
+        self.pad_token_id = self.vocab_size
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     def encode(self, text):
-        """Text to ids. A special token's name inside a text is text."""
+        """Text to ids, without an end token. A special token's name in a text is plain text."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids):
         """Ids to text, up to the end token, without pads."""
-        ids = [i for i in (ids.tolist() if torch.is_tensor(ids) else ids) if i != self.pad_id]
-        return self.encoding.decode(ids[:ids.index(self.end_id)] if self.end_id in ids else ids)
+        ids = ids.tolist() if torch.is_tensor(ids) else ids
+        ids = [i for i in ids if i != self.pad_token_id]
+        if self.eos_token_id in ids:
+            ids = ids[:ids.index(self.eos_token_id)]
+        return self.encoding.decode(ids)
+
+
+class JSONEncoding:
+    """A tokenizer.json (of the tokenizers library) behind the methods of a tiktoken Encoding."""
+
+    def __init__(self, path, eos_token_id):
+        try:
+            import tokenizers
+        except ImportError:
+            raise InputError("pretrained models need the tokenizers library: "
+                             "pip install tokenizers") from None
+        if not path.is_file():
+            raise InputError(f"there is no tokenizer '{path}': use puns, gpt2, or the path of a "
+                             "tokenizer.json")
+        self.eos_token_id = eos_token_id
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        self.tokenizer.encode_special_tokens = True     # a special token's name is plain text
+        self.tokenizer.no_truncation()
+
+    def encode_ordinary(self, text):
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [i for i in ids if i != self.eos_token_id]       # T5 would encode "</s>" as its end
+
+    def decode(self, ids):
+        first = self.tokenizer.id_to_token(ids[0]) if ids else None
+        space = " " if first and first.startswith("▁") else ""     # SentencePiece drops it
+        return space + self.tokenizer.decode(ids)
 
 
 @functools.lru_cache(maxsize=4)
-def tokenizer(name="puns"):
-    return Tokenizer(name)
+def tokenizer(name="puns", eos_token_id=None, vocab_size=None):
+    return Tokenizer(name, eos_token_id, vocab_size)
 
 
-def train_bpe(texts, vocab_size, pattern=WORDS, ranks=None):
-    """Byte-pair encoding: starts from the 256 bytes, or from the tokens in `ranks`, and joins the most frequent neighbors within a piece
-    of the pattern, again and again, up to vocab_size tokens. Returns {token bytes: rank}, as tiktoken wants it."""
-    ranks = dict(ranks or {bytes([i]): i for i in range(256)})
-    start = tiktoken.Encoding("start", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
-    counts = collections.Counter(piece for text in texts for piece in regex.findall(pattern, text))
-    pieces = [([start.decode_single_token_bytes(i) for i in start.encode_ordinary(piece)], n) for piece, n in counts.items()]
-    for _ in bar(range(vocab_size - len(ranks)), "tokens", vocab_size - len(ranks), least=100):
-        pairs = collections.Counter()
-        for parts, n in pieces:
-            for pair in zip(parts, parts[1:], strict=False):
-                pairs[pair] += n
-        if not pairs:
-            break
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        ranks.setdefault(best[0] + best[1], len(ranks))       # others may have made the same token
-        for parts, _ in pieces:
-            i = 0
-            while i < len(parts) - 1:
-                if (parts[i], parts[i + 1]) == best:
-                    parts[i:i + 2] = [best[0] + best[1]]
-                i += 1
-    return ranks
+def tokenizer_of(model):
+    """The tokenizer of a loaded model. Raises InputError if it has changed since training."""
+    if model.tokenizer in ("puns", "gpt2"):
+        tok = tokenizer(model.tokenizer)
+    else:
+        tok = tokenizer(model.tokenizer, model.config.eos_token_id, model.config.vocab_size)
+    if tok.fingerprint != model.tokenizer_fingerprint:
+        raise InputError(f"the tokenizer {tok.path or RANKS} is not the one that the model was "
+                         "trained with: bring that file back, or train the model again")
+    return tok
+
+# -----------------------------------------------------------------------------
+# records
+
+def read_records(path, fields):
+    """The records of a JSONL file that have these fields, each with "where", its file and line.
+
+    fields: of prompt, completion, chosen, rejected (texts), ranked (a list of texts, best first),
+    and rating (a number). A record's margin and share are checked and kept.
+    Raises InputError, with file and line, if a line is no such record."""
+    records = []
+    for where, line in read_lines(path):
+        try:
+            row = json.loads(line, parse_constant=not_a_number)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: this line is not JSON ({error}); "
+                             "other formats are converted by: python -m real.corpora") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: this line is not a JSON object")
+        records.append(check_record(where, row, fields))
+    if not records:
+        raise InputError(f"{path}: this file has no records")
+    return records
 
 
-def train_tokenizer(words: int = 3871, vocab_size: int = 4095, n: int = 50_000):
-    """Rebuild lexicon/puns.tiktoken on n sentences of the pun world: `words` tokens within words, then up to vocab_size whatever words
-    stand together most often; the end token comes on top."""
-    texts = [text for record in world().corpus(n, seed=0) for text in record.values()]
-    ranks = train_bpe(texts, vocab_size, SENTENCES, train_bpe(texts, words))
-    with replacing(RANKS) as path:
-        path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()))
-    lengths = [len(tokenizer("puns").encode(text)) for text in texts[:2000]]
-    print(f"{RANKS}: {len(ranks)} tokens, {sum(lengths) / len(lengths):.1f} a text")
+def not_a_number(name):
+    raise ValueError(f"{name} is not a number")
+
+
+def read_lines(path):
+    """Yields ("file:line", text) of each line that is not blank. Raises InputError."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    for n, line in enumerate(content.splitlines(), 1):
+        try:
+            text = line.decode("utf-8-sig" if n == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{n}: byte {error.start + 1} is not UTF-8; "
+                             "save the file as UTF-8") from None
+        if text.strip():
+            yield f"{path}:{n}", text
+
+
+def check_record(where, row, fields):
+    """The fields of a row that a stage reads. Raises InputError if it cannot be used."""
+    if missing := [field for field in fields if field not in row]:
+        raise InputError(f"{where}: '{missing[0]}' is missing, only {', '.join(row) or 'nothing'} "
+                         f"is there; records of {' + '.join(fields)} are needed here, and "
+                         "python -m real.corpora converts other formats")
+    record = {"where": where}
+    for field in fields:
+        value = record[field] = row[field]
+        if field == "rating":
+            check_number(where, row, field)
+        elif field == "ranked":
+            if not isinstance(value, list) or len(value) < 2:
+                raise InputError(f"{where}: 'ranked' must be a list of two texts or more")
+            for text in value:
+                check_text(where, field, text)
+        else:
+            check_text(where, field, value)
+    for field in ("margin", "share"):
+        if field in row:
+            check_number(where, row, field)
+            record[field] = row[field]
+    if not 0.5 <= row.get("share", 1.0) <= 1:
+        raise InputError(f"{where}: 'share' must be from 0.5 (a tie) to 1")
+    answers = row["ranked"] if "ranked" in fields else [row.get(f) for f in fields if f != "prompt"]
+    answers = [answer.strip() for answer in answers if isinstance(answer, str)]
+    if len(set(answers)) < len(answers):
+        raise InputError(f"{where}: two answers are the same text, so neither is better")
+    return record
+
+
+def check_text(where, field, text):
+    if not isinstance(text, str):
+        raise InputError(f"{where}: '{field}' must be text")
+    if not text.strip():
+        raise InputError(f"{where}: '{field}' is empty")
+
+
+def check_number(where, row, field):
+    value = row[field]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise InputError(f"{where}: '{field}' must be a number, and a finite one")
+
+
+def train_and_val(config, fields):
+    """(training, validation) records of config.data and config.val_data.
+
+    Without a file of its own, the validation set is a tenth of the data, at most 1,000 records:
+    those with the smallest checksums, so that two equal records never part."""
+    records = read_records(config.data, fields)
+    if config.val_data:
+        return records, read_records(config.val_data, fields)
+    if len(records) < 2:
+        raise InputError(f"{config.data}: one record is too few: a second one is held out to "
+                         "validate on, or name another file with --val_data")
+
+    def checksum(record):
+        return zlib.crc32(repr([record[field] for field in fields]).encode())
+
+    records.sort(key=checksum)
+    held_out = min(1000, max(1, len(records) // 10))
+    checksums = [checksum(record) for record in records]
+    while held_out < len(records) - 1 and checksums[held_out] == checksums[held_out - 1]:
+        held_out += 1                       # a copy of the last record that is held out
+    return records[held_out:], records[:held_out]
 
 # -----------------------------------------------------------------------------
 # token ids
 
-def encode_records(records, name, fields, block_size, where="the data"):
-    """Token ids of the texts in the given fields, padded to the longest: {field: (N, longest)}. Prompts are padded on the left; the
-    others end with the end token and are padded on the right. Raises InputError if prompt and response exceed block_size."""
-    tok, encoded = tokenizer(name), {}
+def encode_records(records, tok, fields, block_size, reserve=0):
+    """Token ids of the texts in these fields, padded to the longest. -> {field: (N, longest)}
+
+    Prompts are padded on the left. Other texts get an end token and are padded on the right.
+    reserve: how many tokens a response to the prompt may get. Raises InputError, naming the
+    record, if prompt and text (or reserve) together exceed block_size."""
     if not records:
-        raise InputError(f"{where}: no records are left to encode, it needs more of them")
+        raise InputError("there are no records to encode")
+    encoded = {}
+    n_prompt = torch.zeros(len(records), dtype=torch.long)
     for field in fields:
-        texts = dict.fromkeys(record[field] for record in records)       # each text once: prompts come again and again
-        known = {text: tok.encode(text) for text in bar(texts, field, len(texts), least=100_000)}
-        lists = [known[record[field]] for record in records]
-        ends = [] if field == "prompt" else [tok.end_id]
-        lengths = torch.tensor([len(ids) + len(ends) for ids in lists])
-        columns = torch.arange(lengths.max())
-        real = (columns < lengths[:, None]) if ends else (columns >= lengths.max() - lengths[:, None])     # (N, longest)
-        encoded[field] = torch.full(real.shape, tok.pad_id, dtype=torch.int32)
-        encoded[field][real] = torch.tensor([i for ids in lists for i in ids + ends], dtype=torch.int32)
-        total = lengths + (encoded["prompt"] != tok.pad_id).sum(1) * bool(ends)
-        if (too_long := total > block_size).any():
-            i = too_long.nonzero()[0].item()
-            what = f"tokens, prompt and {field} together" if ends else "tokens in its prompt"
-            raise InputError(f"{where}: record {i + 1} has {total[i]} {what}, and the model's block "
-                             f"holds {block_size}: shorten it, or train a model with a larger --block_size")
+        # Each different text is encoded once: prompts come again and again.
+        texts = dict.fromkeys(record[field] for record in records)
+        ids_of = {text: tok.encode(text)
+                  for text in progress_bar(texts, field, len(texts), at_least=100_000)}
+        rows = [ids_of[record[field]] for record in records]
+        if field == "prompt":
+            encoded[field] = pad_left(rows, tok.pad_token_id)
+            n_prompt = torch.tensor([len(ids) for ids in rows])
+            what = f"tokens, {reserve} of them for a response" if reserve else "tokens of prompt"
+            check_room(records, n_prompt + reserve, what, block_size)
+        else:
+            rows = [ids + [tok.eos_token_id] for ids in rows]
+            encoded[field] = pad_right(rows, tok.pad_token_id)
+            lengths = n_prompt + torch.tensor([len(ids) for ids in rows])
+            check_room(records, lengths, f"tokens of prompt and {field}", block_size)
     return encoded
 
 
-def trim(ids, pad_id, side):
-    """Drops the columns that are pads in every row of the batch. (B, longest) -> (B, as few as will do), int64"""
-    width = (ids != pad_id).sum(1).max().item()
-    return (ids[:, ids.size(1) - width:] if side == "left" else ids[:, :width]).long()
+def check_room(records, lengths, what, block_size):
+    """Raises InputError for the first record that is longer than the model's block."""
+    for record, length in zip(records, lengths.tolist(), strict=True):
+        if length > block_size:
+            where = record.get("where", f"the prompt {record['prompt'][:60]!r}")
+            raise InputError(f"{where}: {length} {what}, but the model's block holds "
+                             f"{block_size}: shorten the text, or train a model with a larger "
+                             "--block_size")
+
+
+def pad_right(rows, pad_token_id):
+    """Lists of ids, each at the left of its row. -> (N, longest), int32"""
+    lengths = torch.tensor([len(ids) for ids in rows])
+    columns = torch.arange(max(lengths.max().item(), 1))
+    return fill(rows, columns < lengths[:, None], pad_token_id)
+
+
+def pad_left(rows, pad_token_id):
+    """Lists of ids, each at the right of its row. -> (N, longest), int32"""
+    lengths = torch.tensor([len(ids) for ids in rows])
+    longest = max(lengths.max().item(), 1)
+    columns = torch.arange(longest)
+    return fill(rows, columns >= longest - lengths[:, None], pad_token_id)
+
+
+def fill(rows, mask, pad_token_id):
+    """Ids in reading order where the mask (N, longest) is True, pads elsewhere."""
+    padded = torch.full(mask.shape, pad_token_id, dtype=torch.int32)
+    padded[mask] = torch.tensor([i for ids in rows for i in ids], dtype=torch.int32)
+    return padded
+
+
+def trim(ids, pad_token_id, side):
+    """Drops the columns on that side that are pads in every row. (B, longest) -> (B, width)"""
+    width = max((ids != pad_token_id).sum(dim=1).max().item(), 1)
+    if side == "left":
+        return ids[:, ids.size(1) - width:].long()
+    return ids[:, :width].long()
 
 
 class Batches:
-    """Endless shuffled batches, each epoch in an order of its own; a state_dict() of the position, so that a run can resume.
+    """Endless shuffled batches, each epoch in an order of its own.
 
-    Texts of about one length share a batch (little padding, few different shapes): each pool of 32 batches is sorted by length,
-    cut into batches, and these are shuffled again."""
+    Texts of about one length share a batch, for little padding and few different shapes: each
+    pool of 32 batches is sorted by length and cut into batches, and these are shuffled again.
+    state_dict() is the position, so that a run can resume. Of several processes each gets
+    batch_size records of its own at every step."""
 
-    def __init__(self, encoded, batch_size, pad_id, device, seed):
-        self.encoded, self.batch_size, self.pad_id, self.device, self.seed = encoded, batch_size, pad_id, device, seed
-        self.lengths = sum((ids != pad_id).sum(1) for ids in encoded.values() if ids.dim() == 2)
-        self.n = len(self.lengths) // batch_size     # batches an epoch; what is left over waits for another epoch's order
-        if not self.n:
-            raise InputError(f"a batch of {batch_size} needs as many records, the data has {len(self.lengths)}: lower --batch_size")
-        self.epoch, self.position = -1, self.n
+    def __init__(self, encoded, batch_size, pad_token_id, device, seed):
+        """encoded: {field: (N, longest) ids, or (N,) numbers}. Raises InputError if N is less
+        than one batch."""
+        self.encoded, self.pad_token_id, self.device = encoded, pad_token_id, device
+        self.seed = seed
+        texts = [ids for ids in encoded.values() if ids.dim() == 2]
+        self.lengths = sum((ids != pad_token_id).sum(dim=1) for ids in texts)       # (N,)
+        self.step_size = batch_size * world_size()      # records of all processes at one step
+        self.n_batches = len(self.lengths) // self.step_size    # an epoch; the rest waits
+        if self.n_batches == 0:
+            raise InputError(f"a batch of {self.step_size} needs as many records, but the data "
+                             f"has {len(self.lengths)}: lower --batch_size")
+        self.epoch, self.position = -1, self.n_batches
+
+    def __len__(self):
+        return len(self.lengths)
 
     def shuffle(self, epoch):
-        generator = torch.Generator().manual_seed(self.seed * 1000 + epoch)
-        rows = torch.randperm(len(self.lengths), generator=generator)[:self.n * self.batch_size]
-        pools = [pool[self.lengths[pool].argsort(stable=True)] for pool in rows.split(32 * self.batch_size)]
-        batches = torch.cat(pools).view(self.n, self.batch_size)
-        self.epoch, self.order = epoch, batches[torch.randperm(self.n, generator=generator)]
-
-    def take(self, rows):
-        """{field: (B, longest)} of the given rows, on the device. A field of one number a record, such as a margin, stays (B,)."""
-        return {field: (trim(ids[rows], self.pad_id, "left" if field == "prompt" else "right") if ids.dim() == 2
-                        else ids[rows]).to(self.device) for field, ids in self.encoded.items()}
+        rng = torch.Generator().manual_seed(self.seed * 1000 + epoch)
+        rows = torch.randperm(len(self), generator=rng)[:self.n_batches * self.step_size]
+        pools = [pool[self.lengths[pool].argsort(stable=True)]
+                 for pool in rows.split(32 * self.step_size)]
+        batches = torch.cat(pools).view(self.n_batches, self.step_size)
+        order = torch.randperm(self.n_batches, generator=rng)
+        self.epoch, self.order = epoch, batches[order]          # (n_batches, step_size)
 
     def next(self):
-        if self.position == self.n:
+        """The next batch, {field: (B, longest of the batch)}."""
+        if self.position == self.n_batches:
             self.shuffle(self.epoch + 1)
             self.position = 0
+        rows = self.order[self.position][rank()::world_size()]
         self.position += 1
-        return self.take(self.order[self.position - 1])
+        return self.take(rows)
+
+    def take(self, rows):
+        """The records of these rows, as a batch on the device."""
+        batch = {}
+        for field, values in self.encoded.items():
+            values = values[rows]
+            if values.dim() == 2:
+                side = "left" if field == "prompt" else "right"
+                values = trim(values, self.pad_token_id, side)
+            batch[field] = values.to(self.device)
+        return batch
+
+    def in_order(self, batch_size=256):
+        """Yields all records once, in their order: what a validation loss is measured on."""
+        for rows in torch.arange(len(self)).split(batch_size):
+            yield self.take(rows)
 
     def state_dict(self):
         return {"epoch": self.epoch, "position": self.position}
@@ -197,74 +383,102 @@ class Batches:
 # what a model writes
 
 @torch.no_grad()
-def generate(model, tok, prompts, generator, autocast, max_new_tokens=32, batch_size=256, **sampling):
-    """Completions of prompts given as strings, in batches: yields (prompt (B, P), response (B, R)), on the model's device."""
+def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=256, **sampling):
+    """Samples a response to each prompt, given as strings: yields (prompt (B, P), response (B, R)).
+
+    sampling: temperature, top_k, top_p. Raises InputError if a prompt leaves no room."""
     was_training = model.training
     model.eval()
-    encoded = encode_records([{"prompt": prompt} for prompt in prompts], tok.name, ["prompt"], model.config.block_size)["prompt"]
-    max_new_tokens = min(max_new_tokens, model.config.block_size - encoded.size(1))
-    if max_new_tokens < 1:
-        raise InputError(f"a prompt of {encoded.size(1)} tokens leaves no room for a response in the model's block")
+    block_size, device = model.config.block_size, next(model.parameters()).device
+    records = [{"prompt": prompt} for prompt in prompts]
+    encoded = encode_records(records, tok, ["prompt"], block_size, reserve=1)["prompt"]
+    max_new_tokens = min(max_new_tokens, block_size - encoded.size(1))
     for rows in encoded.split(batch_size):
-        prompt = trim(rows, tok.pad_id, "left").to(next(model.parameters()).device)
+        prompt = trim(rows, tok.pad_token_id, "left").to(device)
         with autocast():
-            response, _ = model.generate(prompt, max_new_tokens, generator=generator, **sampling)
+            response, _ = model.generate(prompt, max_new_tokens, rng=rng, **sampling)
         yield prompt, response
     model.train(was_training)
 
 
-def write(model, tok, prompts, generator, autocast, **sampling):
-    """A completion of each prompt, strings in, strings out."""
-    return [tok.decode(row) for _, response in generate(model, tok, prompts, generator, autocast, **sampling) for row in response.cpu()]
+def complete(model, tok, prompts, rng, autocast, **sampling):
+    """Samples a completion of each prompt: strings in, strings out."""
+    completions = []
+    for _, response in respond(model, tok, prompts, rng, autocast, **sampling):
+        completions += [tok.decode(row) for row in response.cpu()]
+    return completions
 
 
 def describe(tok, prompt, response, kl=None, score=None):
-    """A dictionary for each completion: prompt, text, length in tokens, kl and score (B,) if given, and the judge's verdict where the
-    prompt is one of the pun world: fluent, on_topic, pun (on topic, too), novel (and a pair held out of all training)."""
+    """One row for each response: prompt, text, length in tokens, kl and score (B,) if given, and
+    the verdict of the pun world's judge, if the prompt is one of its own."""
     rows = []
     for i, (p, r) in enumerate(zip(prompt.cpu(), response.cpu(), strict=True)):
-        row = {"prompt": tok.decode(p), "text": tok.decode(r), "length": (r != tok.pad_id).sum().item()}
-        row |= {name: values[i].item() for name, values in (("kl", kl), ("score", score)) if values is not None}
+        row = {"prompt": tok.decode(p), "text": tok.decode(r)}
+        row["length"] = (r != tok.pad_token_id).sum().item()
+        if kl is not None:
+            row["kl"] = kl[i].item()
+        if score is not None:
+            row["score"] = score[i].item()
         if row["prompt"] in world().by_prompt:
             verdict = world().judge(row["prompt"], row["text"])
-            row |= {"pun": verdict.on_topic and verdict.pun, "on_topic": verdict.on_topic, "fluent": verdict.fluent,
-                    "novel": verdict.on_topic and verdict.novel}
+            row["pun"] = verdict.on_topic and verdict.pun       # a pun on the wrong topic fails
+            row["on_topic"] = verdict.on_topic
+            row["fluent"] = verdict.fluent
         rows.append(row)
     return rows
 
 
-def rates(rows):
-    """The means of all number columns, over the rows that have them, and `distinct`, the share of different texts."""
-    columns = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "text"))
-    present = {name: [row[name] for row in rows if name in row] for name in columns}
-    return {name: sum(values) / len(values) for name, values in present.items()} | {"distinct": len({row["text"] for row in rows}) / len(rows)}
+def means(rows):
+    """The mean of every number column, over the rows that have it, and `distinct`, the fraction
+    of different texts."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    result = {}
+    for name in columns:
+        if name not in ("prompt", "text"):
+            values = [row[name] for row in rows if name in row]
+            result[name] = sum(values) / len(values)
+    result["distinct"] = len({row["text"] for row in rows}) / len(rows)
+    return result
 
 
-def show(rows, n=3):
+def format_samples(rows, n=3):
     """n lines for the screen: puns first, if there are any, then whatever comes first."""
     lines = []
     for row in sorted(rows, key=lambda row: not row.get("pun", False))[:n]:
-        mark = "pun" if row.get("pun") else "ok" if row.get("on_topic") else ""
-        numbers = "".join(f"  {name} {row[name]:+.2f}" for name in ("score", "kl") if name in row)
-        lines.append(f"  {mark:>3} | {row['prompt']}{row['text']}".replace("\n", "⏎") + numbers)
+        numbers = [f"  {name} {row[name]:+.2f}" for name in ("score", "kl") if name in row]
+        text = f"{row['prompt']}{row['text']}".replace("\n", "⏎")
+        lines.append(f"  {verdict_of(row):>3} | {text}{''.join(numbers)}")
     return "\n".join(lines)
 
 
+def verdict_of(row):
+    """pun, ok (on topic, but no pun), or - where the judge says no or does not know the prompt."""
+    if row.get("pun"):
+        return "pun"
+    return "ok" if row.get("on_topic") else "-"
+
+
 @torch.no_grad()
-def measure(policy, reference, tok, prompts, generator, autocast, scorer=None, **sampling):
-    """Samples a completion of each prompt and describes it; kl = log pi - log pi_ref summed over its tokens, if there is a reference."""
+def measure(policy, reference, tok, prompts, rng, autocast, reward_model=None, temperature=1.0,
+            top_k=0, top_p=1.0):
+    """Samples a response to each prompt and describes it, with score and kl where possible.
+
+    kl is log pi - log pi_ref, summed over the response. pi is the distribution that was sampled.
+    pi_ref has the same temperature but no filter: a filtered reference gives probability 0 to
+    tokens that another policy writes, and every such kl would be infinite."""
     rows = []
-    batches = generate(policy, tok, prompts, generator, autocast, **sampling)
-    for prompt, response in bar(batches, "samples", -(-len(prompts) // 256), least=8):
+    batches = respond(policy, tok, prompts, rng, autocast, temperature=temperature, top_k=top_k,
+                      top_p=top_p)
+    n_batches = -(-len(prompts) // 256)
+    for prompt, response in progress_bar(batches, "samples", n_batches, at_least=8):
         kl = score = None
         with autocast():
             if reference is not None:
-                kl = (logprobs(policy, prompt, response) - logprobs(reference, prompt, response)).sum(dim=1)      # (B,)
-            if scorer is not None:
-                score = scorer(prompt, response)
+                logp = logprobs(policy, prompt, response, temperature, top_k, top_p)
+                ref_logp = logprobs(reference, prompt, response, temperature or 1.0)
+                kl = (logp - ref_logp).sum(dim=1)                                   # (B,)
+            if reward_model is not None:
+                score = reward_model(prompt, response)                              # (B,)
         rows += describe(tok, prompt, response, kl, score)
     return rows
-
-
-if __name__ == "__main__":
-    run(lambda: tyro.extras.subcommand_cli_from_dict({"train-tokenizer": train_tokenizer, "show": show_file, "fetch": fetch}))

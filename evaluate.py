@@ -1,18 +1,20 @@
 """
 Stage 4, evaluation: all policies side by side, on the same prompts, at the same temperature.
 
-Rows: SFT; best of n by the reward model (the baseline that training must be judged by: it needs no training at all); every policy
-that has a checkpoint in runs/. Columns, with 95 % intervals over completions:
+Rows: the SFT policy; best of n by the reward model (the baseline for all training, since it needs
+none); every policy with a checkpoint in runs/. Columns, with 95 % intervals over completions:
 
-    pun, on topic, fluent, novel    the judge's verdict, in % (gold: no training has seen it); novel: a pun held out of all training
-    kl          nats a response from the SFT policy, mean of log pi - log pi_sft on samples of pi
-    least kl    the least that any policy needs for this pun rate: KL of two coins, p ln(p/p0) + (1 - p) ln((1 - p)/(1 - p0))
-    score       of the reward model (proxy)
-    distinct    different sentences among all, in %; self-BLEU-4: how much they share (lower is more diverse)
+    pun, on topic, fluent   the judge's verdicts, in % (gold: no training has seen the judge)
+    kl          nats a response: mean of log pi - log pi_sft on samples of pi
+    min kl      the smallest KL of any policy with this pun rate: KL of two coins,
+                p ln(p / p0) + (1 - p) ln((1 - p) / (1 - p0))
+    score       of the reward model (the proxy)
+    distinct    different sentences among all, in %
+    self-BLEU   how much the sentences share, n-grams up to 4; lower is more diverse
 
-    python evaluate.py                        table, runs/report.md, runs/report.json, runs/report.png
+    python evaluate.py                          table, figure, and samples: runs/report*
     python evaluate.py --temperature 0.7
-    python evaluate.py judge --url http://localhost:8000/v1 --model NAME      win rates by a language model's judgement (judge.py)
+    python evaluate.py --compare runs/compare   one table of several runs, <arch>-<seed> each
 """
 
 import collections
@@ -25,211 +27,365 @@ from pathlib import Path
 import tyro
 from matplotlib.figure import Figure
 
-from common import Options, read_jsonl, replacing, run, sampler, setup
-from data import measure, read_records, tokenizer
-from judge import judge
-from model import load_model
+from common import (
+    InputError,
+    Options,
+    atomic_write,
+    command_line,
+    make_rng,
+    read_jsonl,
+    setup,
+    write_jsonl,
+)
+from data import measure, read_records, tokenizer_of, verdict_of
+from model import LANGUAGE_MODEL, load_model, load_reward_model, read_checkpoint
 from puns import world
 
 
 @dataclass(slots=True)
 class Config(Options):
-    out_dir: str = "runs"       # where the stages lie, and where the report goes
-    reference: str = "runs/sft/ckpt.pt"
-    reward: str = "runs/reward_model/ckpt.pt"
+    out_dir: str = "runs"       # the folder of the stages' folders, and of the report
+    reference: str = "runs/sft/ckpt.pt"                                 # what kl is measured to
+    reward: str = "runs/reward_model/ckpt.pt"                           # the proxy
     data: str = ""              # JSONL of prompts; '' is the pun world
+    # 2,000 give a pun rate within 2 points.
     samples: int = 2000         # completions a policy
-    best_of: tuple[int, ...] = (2, 4, 8, 16)
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    best_of: tuple[int, ...] = (2, 4, 8, 16)            # how many the reward model picks from
+    temperature: float = 1.0                            # of the sampling, and of every log-prob
+    top_k: int = 0              # sample among that many most likely tokens; 0 is all
+    top_p: float = 1.0          # sample among the most likely tokens that have this mass
+    compare: str = ""           # a folder of runs: only combines their reports into one table
 
 # -----------------------------------------------------------------------------
 # arithmetic
 
-def least_kl(p, p0):
-    """The least KL(pi || pi_0), in nats, of any policy whose samples are puns with probability p, where pi_0's are with p0."""
-    def term(a, b):
-        return a * math.log(a / b) if a else 0.0
+def min_kl(p, p0):
+    """The smallest KL(pi || pi_0), in nats, of a policy whose samples are puns with probability p,
+    where those of pi_0 are with p0: the data-processing inequality. NaN unless 0 < p0 < 1."""
     if not 0 < p0 < 1:
         return math.nan
-    return term(p, p0) + term(1 - p, 1 - p0)
+    kl = 0.0
+    for a, b in ((p, p0), (1 - p, 1 - p0)):
+        if a > 0:                                   # a ln(a / b) goes to 0 with a
+            kl += a * math.log(a / b)
+    return kl
 
 
 def best_of_n_kl(n):
-    """KL of best-of-n to the policy that it picks from, at most: ln n - (n - 1) / n."""
+    """An upper bound of the KL of best of n to the policy that it picks from, in nats:
+    ln n - (n - 1) / n (https://arxiv.org/abs/2401.01879)."""
     return math.log(n) - (n - 1) / n
 
 
 def interval(values):
-    """Half of the 95 % interval of the mean: 1.96 standard errors."""
-    mean = sum(values) / len(values)
-    return 1.96 * math.sqrt(sum((x - mean) ** 2 for x in values) / max(len(values) - 1, 1) / len(values))
+    """Half the width of the 95 % interval of the mean: 1.96 standard errors."""
+    n, mean = len(values), sum(values) / len(values)
+    variance = sum((x - mean) ** 2 for x in values) / max(n - 1, 1)     # unbiased
+    return 1.96 * math.sqrt(variance / n)
 
 
 def ngrams(words, n):
-    return collections.Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    """How often each n-gram occurs in a list of words."""
+    return collections.Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
 
 
-def self_bleu(texts, n=4, size=300, seed=0):
-    """BLEU-n of each text against all others, mean: 1 if they all say the same (arXiv 1802.01886). On `size` of the texts.
+def self_bleu(texts, max_n=4, size=300, seed=0):
+    """The mean BLEU of each text against all others, https://arxiv.org/abs/1802.01886: from 0 to
+    1, where all texts are the same. Measured on `size` of the texts.
 
-    BLEU is the geometric mean of the clipped precisions of 1..n-grams, smoothed by adding 0.1 to a count of zero; no brevity
-    penalty, since among so many references one has about the right length."""
-    texts = [text.split() for text in random.Random(seed).sample(texts, min(size, len(texts)))]
-    logs = [0.0] * len(texts)
-    for order in range(1, n + 1):
-        counts = [ngrams(words, order) for words in texts]
-        best = collections.defaultdict(lambda: [0, 0, -1])      # n-gram -> its largest count, the second largest, and who has the largest
+    BLEU is the geometric mean of the clipped precisions of 1- to max_n-grams; 0.1 is added to a
+    count of zero. No brevity penalty: among so many references, one has about the right length."""
+    picked = random.Random(seed).sample(texts, min(size, len(texts)))
+    word_lists = [text.split() for text in picked]
+    log_bleu = [0.0] * len(word_lists)
+    for n in range(1, max_n + 1):
+        counts = [ngrams(words, n) for words in word_lists]
+        largest = two_largest_counts(counts)
         for i, count in enumerate(counts):
+            hits = 0
             for gram, k in count.items():
-                top = best[gram]
-                if k > top[0]:
-                    best[gram] = [k, top[0], i]
-                elif k > top[1]:
-                    top[1] = k
-        for i, count in enumerate(counts):
-            hits = sum(min(k, best[gram][1] if best[gram][2] == i else best[gram][0]) for gram, k in count.items())
-            logs[i] += math.log(max(hits, 0.1) / max(sum(count.values()), 1)) / n
-    return sum(math.exp(x) for x in logs) / len(logs)
+                owner, first, second = largest[gram]
+                in_other_texts = second if owner == i else first
+                hits += min(k, in_other_texts)  # clipped: a repeated word counts as often as there
+            precision = max(hits, 0.1) / max(sum(count.values()), 1)
+            log_bleu[i] += math.log(precision) / max_n                  # geometric mean
+    return sum(math.exp(x) for x in log_bleu) / len(log_bleu)
+
+
+def two_largest_counts(counts):
+    """{n-gram: (the text that has it most often, how often, the next largest count)}."""
+    largest = {}
+    for i, count in enumerate(counts):
+        for gram, k in count.items():
+            owner, first, second = largest.get(gram, (-1, 0, 0))        # -1: no text has it yet
+            if k > first:
+                largest[gram] = (i, k, first)
+            elif k > second:
+                largest[gram] = (owner, first, k)
+    return largest
 
 # -----------------------------------------------------------------------------
-# the rows
+# the rows of the table
 
 def summarize(name, rows, p0):
-    """One row of the table from the completions of a policy; p0 is the pun rate of the reference."""
-    def mean(column):
-        return sum(row.get(column, math.nan) for row in rows) / len(rows)
+    """One row of the table from the completions of a policy; None where a number is unknown.
+
+    p0: the pun rate of the reference, NaN if there is no judge."""
+    def column(key):
+        return [row.get(key, math.nan) for row in rows]
+
     texts = [row["text"] for row in rows]
-    row = {column: mean(column) for column in ("pun", "on_topic", "fluent", "novel", "kl", "score", "length")}
-    row |= {f"{column}_ci": interval([r.get(column, math.nan) for r in rows]) for column in ("pun", "kl", "score")}
-    row |= {"least_kl": least_kl(row["pun"], p0), "distinct": len(set(texts)) / len(texts), "self_bleu": self_bleu(texts)}
-    return {"policy": name} | {column: None if math.isnan(x) else x for column, x in row.items()}          # NaN is not JSON
+    result = {}
+    for key in ("pun", "on_topic", "fluent", "kl", "score", "length"):
+        result[key] = sum(column(key)) / len(rows)
+    for key in ("pun", "kl", "score"):
+        result[f"{key}_ci"] = interval(column(key))
+    result["min_kl"] = min_kl(result["pun"], p0)
+    result["distinct"] = len(set(texts)) / len(texts)                   # 1: no two are the same
+    result["self_bleu"] = self_bleu(texts)
+    known = {key: None if math.isnan(value) else value for key, value in result.items()}
+    return {"policy": name} | known                     # NaN is not JSON
 
 
-def best_of(groups, n, kl):
-    """Of each prompt's completions the best of the first n by score; kl is known only as a bound."""
-    return [max(group[:n], key=lambda row: row["score"]) | {"kl": kl} for group in groups]
+def best_of(groups, n):
+    """The completion with the best score among the first n of each group. Its kl is a bound."""
+    best = [max(group[:n], key=lambda row: row["score"]) for group in groups]
+    return [row | {"kl": best_of_n_kl(n)} for row in best]
 
 
-def training_curve(path, needed=("pun", "kl")):
-    """The points of a run's metrics.jsonl that have pun rate and kl; those of PPO have a score, too."""
-    return [row for row in read_jsonl(path) if all(name in row for name in needed)] if path.exists() else []
+def training_curve(path):
+    """The rows of a run's metrics.jsonl that have a pun rate and a kl."""
+    if not path.exists():
+        return []
+    return [row for row in read_jsonl(path) if "pun" in row and "kl" in row]
+
+
+def find_policies(config, reference):
+    """The folders in out_dir that hold a policy to compare with the reference.
+
+    Prints which others were left out, and why."""
+    folders = []
+    for path in sorted(Path(config.out_dir).glob("*/ckpt.pt")):
+        if path.resolve() == Path(config.reference).resolve():
+            continue
+        checkpoint = read_checkpoint(path)
+        if checkpoint["kind"] != LANGUAGE_MODEL:
+            print(f"{path}: left out, a {checkpoint['kind']} is no policy")
+        elif checkpoint["tokenizer_fingerprint"] != reference.tokenizer_fingerprint:
+            print(f"{path}: left out, its tokenizer is not the one of {config.reference}")
+        else:
+            folders.append(path.parent)
+    return folders
+
+
+def load_prompts(config):
+    """config.samples prompts, as strings, which repeat if there are fewer."""
+    if config.data:
+        prompts = [record["prompt"] for record in read_records(config.data, ["prompt"])]
+    else:
+        prompts = [world().prompt(thing) for thing in world().things]
+    random.Random(0).shuffle(prompts)            # so that the first few are of many topics
+    copies = -(-config.samples // len(prompts))  # rounded up
+    return (prompts * copies)[:config.samples]
 
 
 def evaluate(config):
-    """Samples every policy. Returns {"rows": table rows, "samples": {policy: ten completions}, "curves": {policy: points}}."""
+    """Samples every policy. Returns (report, samples): {"p0", "rows", "curves"}, and the
+    completions of each policy, {policy: rows}."""
     device, autocast = setup(config)
-    reference, scorer = load_model(config.reference, device), load_model(config.reward, device)
-    tok = tokenizer(reference.tokenizer)
-    prompts = ([record["prompt"] for record in read_records(config.data, "prompt")] if config.data
-               else [world().prompt(thing) for thing in world().things])
-    random.Random(0).shuffle(prompts)       # so that the first few are of many topics
-    prompts = (prompts * math.ceil(config.samples / len(prompts)))[:config.samples]
-    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    folders = [path.parent for path in sorted(Path(config.out_dir).glob("*/ckpt.pt"))
-               if path.parent.name not in ("sft", "reward_model", "discriminator")]
-
-    rows, samples, curves = [], {}, {}
+    reference = load_model(config.reference, device)
+    reward_model = load_reward_model(config.reward, device)
+    tok, prompts = tokenizer_of(reference), load_prompts(config)
+    folders = find_policies(config, reference)
 
     def draw(model, prompts):
-        return measure(model, reference, tok, prompts, sampler(device, config.seed), autocast, scorer, **sampling)
+        return measure(model, reference, tok, prompts, make_rng(device, config.seed), autocast,
+                       reward_model, config.temperature, config.top_k, config.top_p)
 
-    def add(name, completions):
-        rows.append(summarize(name, completions, p0))
-        samples[name] = completions[:10]
-        print(format_row(rows[-1]), flush=True)
-
-    # -- SFT and best of n from one set of draws, `most` for each of some prompts: best of n picks from all groups of n
+    # -- the SFT policy and best of n share their draws: `most` completions for each of a few
+    # prompts, so that best of n can pick from every group of n.
     most = max(config.best_of, default=1)
-    few = prompts[:max(1, config.samples * 4 // most)]
+    few = prompts[:max(1, config.samples * 4 // most)]  # 4 samples in all for each of `samples`
     drawn = draw(reference, [prompt for prompt in few for _ in range(most)])
     p0 = sum(row.get("pun", math.nan) for row in drawn) / len(drawn)
+    is_filtered = config.top_k > 0 or config.top_p < 1 or config.temperature == 0
+    bound_p0 = math.nan if is_filtered else p0          # kl is measured to the unfiltered policy
+    rows, samples, curves = [], {}, {}
+
+    def add(name, completions):
+        rows.append(summarize(name, completions, bound_p0))
+        samples[name] = completions
+        print(format_row(rows[-1]), flush=True)
+
     print(HEADER)
-    add("sft", [drawn[i] for i in range(0, len(drawn), max(1, len(drawn) // config.samples))])
+    # Spread over all prompts, not the first few.
+    every = max(1, len(drawn) // config.samples)
+    add("sft", drawn[::every])
     for n in config.best_of:
-        groups = [drawn[i:i + n] for i in range(0, len(drawn), n)]
-        add(f"best of {n}", best_of(groups, n, best_of_n_kl(n)))
+        groups = [drawn[i:i + n] for i in range(0, len(drawn), n)]  # neighbors share their prompt
+        add(f"best of {n}", best_of(groups, n))
+
+    # -- every other policy
     for folder in folders:
         add(folder.name, draw(load_model(folder / "ckpt.pt", device), prompts))
         curves[folder.name] = training_curve(folder / "metrics.jsonl")
-    return {"p0": None if math.isnan(p0) else p0, "rows": rows, "samples": samples, "curves": curves}
+    return {"p0": None if math.isnan(p0) else p0, "rows": rows, "curves": curves}, samples
 
 # -----------------------------------------------------------------------------
 # the report
 
-def number(row, column, form, scale=1, ci=False):
-    """A cell of the table; - where there is no such number, as without a judge."""
-    if row[column] is None:
-        return "-"
-    return f"{scale * row[column]:{form}}" + (f" ± {scale * row[column + '_ci']:{form.lstrip('+')}}" if ci else "")
+# column of the table: (its key in a row, scale, format, whether there is an interval)
+COLUMNS = {"pun %": ("pun", 100, ".1f", True), "on topic %": ("on_topic", 100, ".1f", False),
+           "fluent %": ("fluent", 100, ".1f", False), "kl": ("kl", 1, ".2f", True),
+           "min kl": ("min_kl", 1, ".2f", False), "score": ("score", 1, "+.2f", True),
+           "distinct %": ("distinct", 100, ".1f", False),
+           "self-BLEU": ("self_bleu", 1, ".3f", False)}
 
 
-COLUMNS = [("policy", 13, lambda r: r["policy"]), ("pun %", 12, lambda r: number(r, "pun", ".1f", 100, ci=True)),
-           ("on topic %", 10, lambda r: number(r, "on_topic", ".1f", 100)), ("fluent %", 8, lambda r: number(r, "fluent", ".1f", 100)),
-           ("novel %", 7, lambda r: number(r, "novel", ".1f", 100)), ("kl", 11, lambda r: number(r, "kl", ".2f", ci=True)),
-           ("least kl", 8, lambda r: number(r, "least_kl", ".2f")), ("score", 12, lambda r: number(r, "score", "+.2f", ci=True)),
-           ("distinct %", 10, lambda r: number(r, "distinct", ".1f", 100)), ("self-BLEU", 9, lambda r: number(r, "self_bleu", ".3f"))]
-HEADER = "  ".join(f"{name:>{width}}" for name, width, _ in COLUMNS)
+def format_cells(row):
+    """The cells of a row of the table; - where a number is unknown, as without a judge."""
+    cells = [row["policy"]]
+    for key, scale, form, has_interval in COLUMNS.values():
+        if row[key] is None:
+            cells.append("-")
+        elif has_interval:
+            half_width = scale * row[f"{key}_ci"]
+            cells.append(f"{scale * row[key]:{form}} ± {half_width:{form.lstrip('+')}}")
+        else:
+            cells.append(f"{scale * row[key]:{form}}")
+    return cells
+
+
+def format_line(cells):
+    return f"{cells[0]:>13}" + "".join(f"  {cell:>12}" for cell in cells[1:])
 
 
 def format_row(row):
-    return "  ".join(f"{cell(row):>{width}}" for _, width, cell in COLUMNS)
+    return format_line(format_cells(row))
 
 
-def markdown(report, command):
-    lines = [f"Made by `{command}`; intervals are 95 % over completions.", "",
-             "| " + " | ".join(name for name, _, _ in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cell(row) for _, _, cell in COLUMNS) + " |" for row in report["rows"]]
-    lines += ["", "For best of n, kl is the bound ln n - (n - 1)/n. The first completions of each policy, not picked; * is a pun:", ""]
-    for name, completions in report["samples"].items():
-        lines += [f"**{name}**", ""] + [f"- {'*' if row.get('pun') else ' '} {row['prompt']}{row['text']}" for row in completions] + [""]
+HEADER = format_line(["policy", *COLUMNS])
+
+
+def markdown_table(header, lines):
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+
+
+def markdown(report, samples):
+    """The report as a page: the table, and ten completions of each policy."""
+    table = markdown_table(["policy", *COLUMNS], [format_cells(row) for row in report["rows"]])
+    lines = ["Made by `python evaluate.py`; intervals are 95 % over completions.", "", table,
+             "For best of n, kl is the bound ln n - (n - 1)/n.",
+             "The first completions of each policy, not picked; * is a pun:", ""]
+    for name, rows in samples.items():
+        lines += [f"**{name}**", ""]
+        for row in rows[:10]:
+            mark = "*" if row.get("pun") else " "
+            lines.append(f"- {mark} {row['prompt']}{row['text']}")
+        lines.append("")
     return "\n".join(lines) + "\n"
 
 
 def draw_report(report, path):
-    """Gold (pun rate) and proxy (reward-model score) against KL: every policy, and every rollout along its training."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")      # not pyplot's: that would change the backend of a notebook
-    axes = figure.subplots(1, 2)
-    largest = max([row["kl"] for row in report["rows"]] + [row["kl"] for curve in report["curves"].values() for row in curve] + [1.0])
+    """Gold (pun rate) and proxy (score) against KL, for every policy and along its training."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")    # pyplot would change the backend
+    gold_axis, proxy_axis = figure.subplots(1, 2)
     if report["p0"]:
-        rates = [p / 200 for p in range(round(200 * report["p0"]), 200)]
-        axes[0].plot([least_kl(p, report["p0"]) for p in rates], [100 * p for p in rates],
-                     color="black", linestyle="--", linewidth=1, label="least KL for a pun rate")
-    plain = [row for row in report["rows"] if not row["policy"].startswith("best of")]
-    bests = [row for row in report["rows"] if row["policy"].startswith("best of") or row["policy"] == "sft"]
-    for axis, column, scale in ((axes[0], "pun", 100), (axes[1], "score", 1)):
-        axis.plot([row["kl"] for row in bests], [scale * (row[column] or 0) for row in bests], marker="s", markersize=4, color="gray", label="best of n")
-        for i, row in enumerate(plain):
-            curve = report["curves"].get(row["policy"], [])
-            color = "black" if row["policy"] == "sft" else f"C{i - 1}"
-            curve = [point for point in curve if column in point]
-            axis.plot([point["kl"] for point in curve], [scale * point[column] for point in curve], ".", markersize=3, alpha=0.4, color=color)
-            axis.plot(row["kl"], scale * (row[column] or 0), marker="o", markersize=8, color=color, label=row["policy"], linestyle="")
-        axis.set_xlabel("KL to SFT, nats a response")
-        axis.set_xlim(-0.05 * largest, 1.05 * largest)
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("puns, % (judge: gold)")
-    axes[1].set_ylabel("reward-model score (proxy)")
-    axes[0].legend(fontsize=8, loc="lower right")
-    with replacing(path) as temporary:
+        rates = [p / 200 for p in range(round(200 * report["p0"]), 200)]    # from p0 to 1
+        gold_axis.plot([min_kl(p, report["p0"]) for p in rates], [100 * p for p in rates], "--",
+                       color="black", linewidth=1, label="smallest KL for a pun rate")
+    draw_policies(gold_axis, report, "pun", 100)
+    draw_policies(proxy_axis, report, "score", 1)
+    gold_axis.set_ylabel("puns, % (judge: gold)")
+    proxy_axis.set_ylabel("reward-model score (proxy)")
+    gold_axis.legend(fontsize=8, loc="lower right")
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def draw_policies(axis, report, column, scale):
+    """One panel: best of n as a line, every policy as a dot, its training as small dots."""
+    best = [row for row in report["rows"] if row["policy"].startswith("best of")]
+    policies = [row for row in report["rows"] if row not in best]
+    line = [row for row in [policies[0], *best] if row[column] is not None]
+    axis.plot([row["kl"] for row in line], [scale * row[column] for row in line], marker="s",
+              markersize=4, color="gray", label="best of n")
+    largest = max([1.0] + [row["kl"] for row in report["rows"]])
+    for i, row in enumerate(policies):
+        color = "black" if i == 0 else f"C{i - 1}"                      # the SFT policy is black
+        curve = report["curves"].get(row["policy"], [])
+        curve = [point for point in curve if column in point]
+        axis.plot([point["kl"] for point in curve], [scale * point[column] for point in curve],
+                  ".", markersize=3, alpha=0.4, color=color)
+        largest = max([largest] + [point["kl"] for point in curve])
+        if row[column] is not None:
+            axis.plot(row["kl"], scale * row[column], "o", markersize=8, color=color,
+                      label=row["policy"])
+    axis.set_xlabel("KL to the SFT policy, nats a response")
+    axis.set_xlim(-0.05 * largest, 1.05 * largest)
+    axis.grid(alpha=0.25)
+
+# -----------------------------------------------------------------------------
+# several runs in one table
+
+def compare(folder):
+    """The reports of folder/<arch>-<seed>/, as one Markdown table: mean (smallest to largest) over
+    the seeds. Raises InputError if there is none."""
+    rows, parameters = collections.defaultdict(list), {}
+    for path in sorted(folder.glob("*-*/report.json")):
+        arch = path.parent.name.rpartition("-")[0]                      # <arch>-<seed>
+        weights = read_checkpoint(path.parent / "sft" / "ckpt.pt")["model"].values()
+        parameters[arch] = sum(weight.numel() for weight in weights)
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            rows[arch, row["policy"]].append(row)
+    if not rows:
+        raise InputError(f"{folder} holds no <arch>-<seed>/report.json; run: make compare")
+    lines = []
+    for (arch, policy), same in rows.items():
+        cells = [f"{arch}, {parameters[arch] / 1e6:.2f} M", policy, str(len(same))]
+        for key, scale, form, _ in COLUMNS.values():
+            cells.append(format_range([row[key] for row in same], scale, form))
+        lines.append(cells)
+    return markdown_table(["model", "policy", "seeds", *COLUMNS], lines)
+
+
+def format_range(values, scale, form):
+    """mean (smallest to largest); - where one of the values is unknown."""
+    if None in values:
+        return "-"
+    mean = f"{scale * sum(values) / len(values):{form}}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({scale * min(values):{form}} to {scale * max(values):{form}})"
+
+# -----------------------------------------------------------------------------
+
+def write_text(path, text):
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def main(config):
-    report = evaluate(config)
+    """Runs the stage. Writes the report. Raises InputError for unusable input."""
+    if config.compare:
+        table = compare(Path(config.compare))
+        write_text(Path(config.compare) / "report.md", table)
+        print(f"{table}\n{config.compare}/report.md")
+        return
+    report, samples = evaluate(config)
     folder = Path(config.out_dir)
-    for name, completions in report["samples"].items():
+    for name, rows in samples.items():
         print(f"\n{name}")
-        for row in completions:
-            print(f"  {'pun' if row.get('pun') else 'ok' if row.get('on_topic') else '-':>3} | {row['prompt']}{row['text']}")
-    with replacing(folder / "report.json") as path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
-    with replacing(folder / "report.md") as path:
-        path.write_text(markdown(report, "python evaluate.py"))
+        for row in rows[:10]:
+            print(f"  {verdict_of(row):>3} | {row['prompt']}{row['text']}")
+    write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / "report.md", markdown(report, samples))
+    all_samples = [{"policy": name} | row for name, rows in samples.items() for row in rows]
+    write_jsonl(folder / "report_samples.jsonl", all_samples)
     draw_report(report, folder / "report.png")
     print(f"\n{folder}/report.md  {folder}/report.json  {folder}/report.png")
 
 
 if __name__ == "__main__":
-    run(lambda: main(tyro.cli(Config)), judge=judge)
+    command_line(lambda: main(tyro.cli(Config)))

@@ -1,18 +1,24 @@
 """
-Stage 3c, the GAN: the policy is a generator G that learns to write what a discriminator D takes for real, while D keeps learning.
+Stage 3c, the GAN: the policy is a generator G that learns to write what a discriminator D takes
+for real, while D keeps learning.
 
-    repeat: G answers prompts; d_steps of D on reals and these fakes; one step of G against D's verdict
+    repeat:  G answers prompts;  d_steps of D on reals and on these fakes;  one update of G
 
-Words are discrete: sampling has no gradient. Three ways around that, and the path that G's gradient takes in each:
+Words are discrete, and sampling has no gradient. There are three ways around that:
 
-    reinforce   score of a response = D's verdict; policy gradient (PPO's loss) on log pi(sampled tokens). D is never differentiated
-                for G: its number is all that G gets. Unbiased, noisy.
-    gumbel      D reads one-hot vectors that carry the gradient of softmax((logits + Gumbel noise) / tau), "straight-through"
-                (arXiv 1611.01144): D's loss -> D's input -> those logits -> G. The earlier tokens of G's input are held fixed. Biased.
-    hidden      D reads the hidden states with which G predicts a text, its own or a real one ("professor forcing", arXiv 1610.09038):
-                D's loss -> states -> G. The choice of the tokens gets no gradient at all: G can win by moving its states.
+    reinforce   The score of a response is D's verdict, and G follows the policy gradient (PPO's
+                loss) on log pi(sampled tokens). D is not differentiated: G sees only the scalar.
+                Unbiased, but noisy.
+    gumbel      D reads one-hot vectors that carry the gradient of softmax((logits + Gumbel noise)
+                / tau), "straight-through" (arXiv 1611.01144):
+                D's loss -> D's input -> these logits -> G. The earlier tokens of G's input are
+                held fixed. Biased.
+    hidden      D reads the hidden states with which G predicts a text, its own or a real one
+                ("professor forcing", arXiv 1610.09038): D's loss -> states -> G. The choice of
+                tokens gets no gradient, so G can win by moving its states alone.
 
-Each is on a leash to the SFT policy, with kl_coef. In gumbel and hidden the leash is the exact KL of each token's distribution.
+Each has a KL penalty to the SFT policy; in gumbel and hidden it is the exact KL of every token's
+distribution.
 
     python gan.py
     python gan.py --estimator gumbel --out_dir runs/gan_gumbel
@@ -26,37 +32,44 @@ import torch.nn.functional as F
 import tyro
 
 import ppo
-from common import InputError, Options, Run, run, sampler, setup, shard, world_size
-from data import Batches, encode_records, show, tokenizer
-from discriminator import Discriminator, discriminator_loss, load_discriminator, load_reals, save_discriminator
+from common import InputError, Options, Run, command_line, make_rng, setup
+from data import Batches, encode_records, format_samples, tokenizer_of
+from discriminator import (
+    Discriminator,
+    accuracy_of,
+    discriminator_loss,
+    load_discriminator,
+    load_reals,
+    save_discriminator,
+)
 from model import load_model, save_model
 from optim import adamw, optimizer_step, set_lr
 
 
 @dataclass(slots=True)
 class Config(Options):
-    out_dir: str = "runs/gan"
-    init: str = "runs/sft/ckpt.pt"              # G starts from here, and is leashed to it
-    disc: str = "runs/discriminator/ckpt.pt"    # D starts from here ('' with --estimator hidden: its own)
-    data: str = ""              # JSONL of real prompts and completions; '' is the puns of the pun world
-    corpus_size: int = 20_000   # how many reals of the pun world
+    out_dir: str = "runs/gan"                                           # the folder of this run
+    init: str = "runs/sft/ckpt.pt"              # G starts from here, and its KL is measured to it
+    disc: str = "runs/discriminator/ckpt.pt"    # D starts from here; with hidden from scratch
+    data: str = ""              # JSONL of real prompts and completions; '' is the pun world's puns
+    corpus_size: int = 20_000   # reals of the pun world
     estimator: str = "reinforce"    # reinforce, gumbel or hidden
-    objective: str = "nonsaturating"    # G maximizes log D (nonsaturating) or minimizes log (1 - D) (original)
+    objective: str = "nonsaturating"    # G maximizes log D, or -log (1 - D) with "original"
     max_steps: int = 30         # rounds
     batch_size: int = 256       # responses a round
-    minibatch_size: int = 128
+    minibatch_size: int = 128   # responses a gradient step of G
     d_steps: int = 2            # steps of D a round
-    d_batch_size: int = 64
+    d_batch_size: int = 64      # reals, and as many fakes, a step of D
     d_lr: float = 2e-4
     label_smoothing: float = 0.1    # one-sided, for D's reals
-    lr: float = 2e-4            # of G
-    kl_coef: float = 0.1
-    tau: float = 1.0            # gumbel: temperature of the relaxation
-    warmup_steps: int = 5
-    grad_clip: float = 1.0
-    max_new_tokens: int = 32
-    temperature: float = 1.0
-    # reinforce: the options of ppo.py, with one meaning
+    lr: float = 2e-4                # of G
+    kl_coef: float = 0.1            # weight of the KL penalty
+    tau: float = 1.0                # gumbel: temperature of the relaxation
+    warmup_steps: int = 5           # rounds until the highest rate of G
+    grad_clip: float = 1.0          # largest norm of a gradient; 0 does not clip
+    max_new_tokens: int = 32        # longest response
+    temperature: float = 1.0        # of sampling, and of every log-prob
+    # reinforce: the options of ppo.py
     ppo_epochs: int = 2
     baseline: str = "critic"
     group_size: int = 1
@@ -64,132 +77,197 @@ class Config(Options):
     lam: float = 0.95
     clip_range: float = 0.2
     vf_coef: float = 0.1
-    end_penalty: float = 1.0
-    sample_interval: int = 20
+    missing_eos_penalty: float = 1.0
+    sample_interval: int = 20                           # rounds between two samples on screen
 
 # -----------------------------------------------------------------------------
-# what G wants of D, and how a gradient gets there
+# what G wants from D, and how a gradient gets there
 
 def generator_objective(fake, objective):
-    """What G maximizes, from D's logits (B,): log D(fake), or -log(1 - D(fake)), whose slope vanishes where D is sure of a fake."""
-    return F.logsigmoid(fake) if objective == "nonsaturating" else -F.logsigmoid(-fake)
+    """What G maximizes, from D's logits (B,). -> (B,)
+
+    nonsaturating: log D(fake). original: -log(1 - D(fake)), section 3 of arXiv 1406.2661, whose
+    slope vanishes where D is sure of a fake."""
+    if objective == "nonsaturating":
+        return F.logsigmoid(fake)                                       # log D
+    return -F.logsigmoid(-fake)                                         # -log(1 - D)
 
 
-def gumbel_given_sample(logp, token, generator=None):
-    """Perturbed log-probs whose argmax is `token`: the Gumbel noise that would have led to this sample (arXiv 2010.04838, Eq. 4).
+def gumbel_given_sample(logp, token, rng=None):
+    """Perturbed log-probs whose argmax is `token`: the noise that would have led to this sample.
 
-    logp (..., V), token (...) -> (..., V)"""
-    u = shard(torch.rand(len(logp) * world_size(), *logp.shape[1:], generator=generator, device=logp.device))
-    e = -torch.log(u.clamp(min=1e-20))                                                                        # Exp(1)
-    top = -torch.log(e.gather(-1, token[..., None]))                     # the largest of all is Gumbel(0), since exp(logp) sums to 1
-    others = -torch.log(e / logp.exp().clamp(min=1e-20) + torch.exp(-top))                                    # all below it
+    Eq. 4 of https://arxiv.org/abs/2010.04838. logp (.., V), token (..) -> (.., V)"""
+    u = torch.rand(logp.shape, generator=rng, device=logp.device)
+    e = -torch.log(u.clamp(min=1e-20))                                  # Exp(1)
+    # The largest of all perturbed log-probs is Gumbel(0), since the probabilities sum to 1.
+    top = -torch.log(e.take_along_dim(token[..., None], -1))                    # (.., 1)
+    # The others follow their own Gumbel distributions, cut off at the largest.
+    others = -torch.log(e / logp.exp().clamp(min=1e-20) + torch.exp(-top))
     return others.scatter(-1, token[..., None], top)
 
 
-def straight_through(logits, response, pad_id, tau, generator=None):
-    """One-hot vectors of the response (zeros on pads) that carry the gradient of softmax((logp + noise) / tau).
+def straight_through(logits, response, pad_token_id, tau, rng=None):
+    """One-hot vectors of the response, with the gradient of softmax((logp + noise) / tau).
 
-    logits (B, R, V), response (B, R) -> (B, R, V)"""
-    mask = (response != pad_id)[..., None]                               # (B, R, 1)
-    token = response.masked_fill(response == pad_id, 0)
+    0 on pads. logits (B, R, V), response (B, R) -> (B, R, V)"""
+    mask = response != pad_token_id                                     # (B, R)
+    token = response.masked_fill(~mask, 0)
     logp = logits.float().log_softmax(dim=-1)
-    noise = gumbel_given_sample(logp.detach(), token, generator) - logp.detach()
-    soft = ((logp + noise) / tau).softmax(dim=-1)
-    hard = F.one_hot(token, logits.size(-1)).to(soft.dtype)
-    return (hard + soft - soft.detach()) * mask
+    noise = gumbel_given_sample(logp.detach(), token, rng) - logp.detach()
+    soft = ((logp + noise) / tau).softmax(dim=-1)                       # (B, R, V)
+    hard = F.one_hot(token, logits.size(-1)).to(soft.dtype)             # (B, R, V)
+    # Forward this is `hard`, backward it is `soft`.
+    return (hard + soft - soft.detach()) * mask[..., None]
+
+
+def soft_embeddings(model, response, one_hot):
+    """The embeddings of a response, with the gradient of its one-hot vectors. -> (B, R, C)
+
+    The value is exactly embed(response), so D reads what it would read without a gradient."""
+    gradient_only = (one_hot - one_hot.detach()) @ model.wte.weight     # its value is 0
+    return model.embed(response) + gradient_only
 
 
 def exact_kl(logits, ref_logits, mask):
-    """KL(pi || pi_ref) of each token's whole distribution, summed over the response. (B, R, V) twice, (B, R) -> (B,)"""
-    logp, ref_logp = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
-    return ((logp.exp() * (logp - ref_logp)).sum(-1) * mask).sum(dim=1)
+    """KL(pi || pi_ref) of each token's whole distribution, summed over the response.
+
+    logits, ref_logits (B, R, V), mask (B, R) -> (B,), in nats"""
+    logp = logits.float().log_softmax(-1)
+    ref_logp = ref_logits.float().log_softmax(-1)
+    kl = (logp.exp() * (logp - ref_logp)).sum(-1)                       # (B, R)
+    return (kl * mask).sum(dim=1)
 
 
-def differentiable_loss(policy, reference, disc, prompt, response, config, generator=None):
-    """G's loss by `gumbel` or `hidden`, for sampled responses: mean of -objective + kl_coef KL. A scalar."""
-    mask, hidden = response != policy.pad_id, policy.hidden(prompt, response)                                 # (B, R), (B, R, C)
-    logits = policy.head(hidden)                                                                              # (B, R, V)
-    if config.estimator == "gumbel":
-        verdict = disc(prompt, straight_through(logits, response, policy.pad_id, config.tau, generator))
-    else:
-        verdict = disc(prompt, response, states=hidden)
+def differentiable_loss(policy, reference, discriminator, prompt, response, config, rng=None):
+    """G's loss by gumbel or hidden, for sampled responses: mean of kl_coef KL - objective."""
+    hidden = policy.hidden(prompt, response)                            # (B, R, C)
+    logits = policy.head(hidden)                                        # (B, R, V)
     with torch.no_grad():
-        ref_logits = reference.logits(prompt, response)
-    return (config.kl_coef * exact_kl(logits, ref_logits, mask) - generator_objective(verdict, config.objective)).mean()
+        ref_logits = reference(prompt, response)                        # (B, R, V)
+    if config.estimator == "gumbel":
+        one_hot = straight_through(logits, response, policy.pad_token_id, config.tau, rng)
+        embeddings = soft_embeddings(discriminator.model, response, one_hot)
+        verdict = discriminator(prompt, response, embeddings=embeddings)
+    else:
+        verdict = discriminator(prompt, response, states=hidden)        # (B,)
+    kl = exact_kl(logits, ref_logits, response != policy.pad_token_id)  # (B,)
+    return (config.kl_coef * kl - generator_objective(verdict, config.objective)).mean()
+
+# -----------------------------------------------------------------------------
+# the two players
+
+def states_for(discriminator, policy, prompt, response):
+    """The states that D reads, without a gradient to G; None if it reads tokens. -> (B, R, C)"""
+    if discriminator.reads == "tokens":
+        return None
+    with torch.no_grad():
+        return policy.hidden(prompt, response)
 
 
-def discriminator_step(disc, policy, optimizer, real, fake, config, autocast):
-    """One step of D on reals {prompt, completion} and fakes (prompt, response); G gets nothing of it. Returns metrics."""
-    states = {}
+def discriminator_step(discriminator, policy, optimizer, real, fake_prompt, fake_response, config,
+                       autocast):
+    """One step of D on reals {prompt, completion} and on fakes. Returns metrics.
+
+    G gets no gradient, and zero_grad() drops what G's own step left in D."""
+    real_prompt, real_response = real["prompt"], real["completion"]
     with autocast():
-        if disc.reads == "states":
-            with torch.no_grad():
-                states = {"real": policy.hidden(real["prompt"], real["completion"]), "fake": policy.hidden(*fake)}
-        real_logit = disc(real["prompt"], real["completion"], states.get("real"))
-        fake_logit = disc(*fake, states.get("fake"))
+        real_states = states_for(discriminator, policy, real_prompt, real_response)
+        fake_states = states_for(discriminator, policy, fake_prompt, fake_response)
+        real_logit = discriminator(real_prompt, real_response, real_states)     # (B,)
+        fake_logit = discriminator(fake_prompt, fake_response, fake_states)     # (B,)
     loss = discriminator_loss(real_logit, fake_logit, config.label_smoothing)
-    optimizer_step(loss, disc, optimizer, config.grad_clip)              # its zero_grad drops what G's step left in D
-    accuracy = ((real_logit > 0).float().mean() + (fake_logit <= 0).float().mean()) / 2
-    return {"d_loss": loss.item(), "d_accuracy": accuracy.item(), "d_real": real_logit.mean().item(), "d_fake": fake_logit.mean().item()}
+    optimizer_step(loss, discriminator, optimizer, config.grad_clip)    # D's weights alone
+    return {"d_loss": loss.item(), "d_accuracy": accuracy_of(real_logit, fake_logit).item(),
+            "d_real": real_logit.mean().item(), "d_fake": fake_logit.mean().item()}
+
+
+def rows_of_step(k, config):
+    """Which responses of a round D sees at its k-th step: the next d_batch_size, cyclically."""
+    first = k * config.d_batch_size                             # row of the round's responses
+    return torch.arange(first, first + config.d_batch_size) % config.batch_size
+
+
+def check_config(config):
+    ppo.check_config(config)
+    if config.estimator not in ("reinforce", "gumbel", "hidden"):
+        raise InputError(f"--estimator is reinforce, gumbel or hidden, not '{config.estimator}'")
+    if config.objective not in ("nonsaturating", "original"):
+        raise InputError(f"--objective is nonsaturating or original, not '{config.objective}'")
 
 
 def train(config):
-    ppo.check_config(config)
-    if config.estimator not in ("reinforce", "gumbel", "hidden") or config.objective not in ("nonsaturating", "original"):
-        raise InputError("--estimator is reinforce, gumbel or hidden; --objective is nonsaturating or original")
+    """Runs the stage. Writes G to config.out_dir/ckpt.pt and D to discriminator.pt beside it.
+    Raises InputError for unusable input."""
+    check_config(config)
     device, autocast = setup(config)
-    policy, reference = load_model(config.init, device), load_model(config.init, device)
-    reference.requires_grad_(False)
-    tok = tokenizer(policy.tokenizer)
-    disc = Discriminator(policy, reads="states").to(device) if config.estimator == "hidden" else load_discriminator(config.disc, device)
-    disc.train()
+    policy = load_model(config.init, device)
+    reference = load_model(config.init, device).requires_grad_(False)
+    tok, rng = tokenizer_of(policy), make_rng(device, config.seed)
+    if config.estimator == "hidden":
+        discriminator = Discriminator(policy, reads="states").to(device)
+    else:
+        discriminator = load_discriminator(config.disc, device)
+    discriminator.train()                                               # it keeps learning here
     value_head = nn.Linear(policy.config.n_embd, 1, device=device)
-    nn.init.zeros_(value_head.weight)
+    nn.init.zeros_(value_head.weight)                           # the first values are 0, not noise
     nn.init.zeros_(value_head.bias)
-    encoded = encode_records(load_reals(config), tok.name, ["prompt", "completion"], policy.config.block_size - 1, config.data or "the pun world")
-    reals = Batches(encoded, config.d_batch_size, tok.pad_id, device, config.seed)
-    prompts = Batches({"prompt": encoded["prompt"]}, config.batch_size // config.group_size, tok.pad_id, device, config.seed + 1)
+    optimizer = adamw(nn.ModuleList([policy, value_head]), config.lr, eps=1e-5)
+    # beta1 = 0.5: D forgets old fakes sooner, since G moves (DCGAN, arXiv 1511.06434).
+    d_optimizer = adamw(discriminator, config.d_lr, weight_decay=0.01, betas=(0.5, 0.99))
+
+    records, block_size = load_reals(config), policy.config.block_size
+    # D reads one position more than G writes.
+    encoded = encode_records(records, tok, ["prompt", "completion"], block_size - 1)
+    reals = Batches(encoded, config.d_batch_size, tok.pad_token_id, device, config.seed)
+    prompts = ppo.prompt_batches(records, config, tok, block_size, device, config.seed + 1)
 
     def score_fn(prompt, response):
-        states = policy.hidden(prompt, response) if disc.reads == "states" else None
-        return generator_objective(disc(prompt, response, states), config.objective)
+        states = states_for(discriminator, policy, prompt, response)    # None if D reads tokens
+        return generator_objective(discriminator(prompt, response, states), config.objective)
 
-    optimizer, d_optimizer = adamw(nn.ModuleList([policy, value_head]), config.lr, eps=1e-5), adamw(disc, config.d_lr, 0.01, betas=(0.5, 0.99))
-    generator = sampler(device, config.seed)
-    progress = Run("gan", config, config.max_steps)
-    parts = dict(policy=policy, value_head=value_head, disc=disc, optimizer=optimizer, d_optimizer=d_optimizer, reals=reals,
-                 prompts=prompts, generator=generator)
-    for step in progress.steps(config.sample_interval, **parts):
+    run = Run("gan", config)
+    for step in run.steps(config.sample_interval, policy=policy, value_head=value_head,
+                          discriminator=discriminator, optimizer=optimizer,
+                          d_optimizer=d_optimizer, reals=reals, prompts=prompts, rng=rng):
+        is_last = step + 1 == config.max_steps
         set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
-        prompt = prompts.next()["prompt"].repeat_interleave(config.group_size, dim=0)
+
+        # -- G writes
+        prompt = prompts.next()["prompt"].repeat_interleave(config.group_size, dim=0)   # (B, P)
         with autocast():
-            rollout = ppo.make_rollout(policy, value_head, reference, score_fn, prompt, config, generator)
-        metrics, completions = ppo.describe_rollout(rollout, tok)
-        metrics["objective"] = metrics.pop("score")      # D's verdict, not the reward model's score
+            rollout = ppo.make_rollout(policy, value_head, reference, score_fn, prompt, config,
+                                       rng)
+        metrics, rows = ppo.describe_rollout(rollout, tok)
+        metrics["objective"] = metrics.pop("score")     # D's verdict, not a reward model's score
 
-        # -- D: on reals and on what G writes now
+        # -- D learns, on reals and on what G has just written
         for k in range(config.d_steps):
-            rows = shard(torch.arange(k * config.d_batch_size, (k + 1) * config.d_batch_size, device=device)) % config.batch_size
-            fake = rollout.prompt[rows], rollout.response[rows]
-            metrics |= discriminator_step(disc, policy, d_optimizer, shard(reals.next()), fake, config, autocast)
+            fakes = rows_of_step(k, config)
+            metrics |= discriminator_step(discriminator, policy, d_optimizer, reals.next(),
+                                          rollout.prompt[fakes], rollout.response[fakes], config,
+                                          autocast)
 
-        # -- G: by the estimator
+        # -- G learns
         if config.estimator == "reinforce":
-            advantages, returns = ppo.advantages_of(rollout, config, config.kl_coef)
-            metrics |= ppo.update(policy, value_head, optimizer, rollout, advantages, returns, config, autocast)
+            advantages, returns = ppo.compute_advantages(rollout, config, config.kl_coef)
+            metrics |= ppo.update(policy, value_head, optimizer, rollout, advantages, returns,
+                                  config, autocast)
         else:
-            for rows in map(shard, torch.arange(config.batch_size).split(config.minibatch_size)):
+            for start in range(0, config.batch_size, config.minibatch_size):
+                part = slice(start, start + config.minibatch_size)
                 with autocast():
-                    loss = differentiable_loss(policy, reference, disc, rollout.prompt[rows], rollout.response[rows], config, generator)
+                    loss = differentiable_loss(policy, reference, discriminator,
+                                               rollout.prompt[part], rollout.response[part],
+                                               config, rng)
                 metrics["grad_norm"] = optimizer_step(loss, policy, optimizer, config.grad_clip)
-        progress.log(**metrics)
-        if (step + 1) % config.sample_interval == 0 or step + 1 == config.max_steps:
-            progress.write(show(completions))
+        run.log(**metrics)
+        if (step + 1) % config.sample_interval == 0 or is_last:
+            run.write(format_samples(rows))
 
-    save_model(progress.dir / "ckpt.pt", policy, tokenizer=tok.name, stage="gan")
-    save_discriminator(progress.dir / "discriminator.pt", disc, tokenizer=tok.name, stage="gan")
-    progress.finish()
+    save_model(run.folder / "ckpt.pt", policy, tok, stage="gan")
+    save_discriminator(run.folder / "discriminator.pt", discriminator, tok, stage="gan")
+    run.finish()
 
 
 if __name__ == "__main__":
-    run(lambda: train(tyro.cli(Config)))
+    command_line(lambda: train(tyro.cli(Config)))

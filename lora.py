@@ -1,196 +1,300 @@
 """
-LoRA, https://arxiv.org/abs/2106.09685: W stays as it is, and a small product A B beside it learns.
+LoRA, https://arxiv.org/abs/2106.09685: W stays frozen; a small product A B beside it is trained.
 
-Several adapters live on one frozen trunk ("hydra", https://arxiv.org/abs/2309.00754): policy, critic and reward model each have
-their own, and with none of them active the trunk is the reference.
+Several adapters live on one frozen trunk ("hydra", https://arxiv.org/abs/2309.00754): policy and
+reward model have one each, and with none of them active the trunk is the reference.
 
     add_adapter(model, "policy", rank=8)
     train_only(model, "adapters")
     with adapter(model, "policy"):
         logp = logprobs(model, prompt, response)
-    ref_logp = logprobs(model, prompt, response)
+    with adapter(model, None):
+        ref_logp = logprobs(model, prompt, response)
 
-A model here is a language model or one with heads on it (Scorer); whatever is not the trunk counts as a head.
-
-The stages: --lora R trains an adapter of rank R alone, --trainable last:k the last k blocks. ckpt.pt then holds the merged model, for whoever
-comes next, and adapter.pt the adapter and the heads alone.
+A model here is a language model, or one with heads on it (RewardModel); the language model in it is
+the trunk. In the stages, --lora R trains an adapter of rank R alone, and --trainable last:k the
+last k blocks. ckpt.pt then holds the merged model, and adapter.pt the adapter and heads alone.
 """
 
 import contextlib
+import functools
 import re
 import zlib
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from common import InputError, replacing
-from model import GPTBlock, LanguageModel, PaLMBlock, T5Block, save_model
+from common import InputError, atomic_write
+from model import GPTBlock, LanguageModel, PaLMBlock, RewardModel, T5Block, load_model, save_model
 
-ATTENTION = ("c_attn", "attn.c_proj", "c_fused", "attn_proj", ".q", ".k", ".v", ".o")    # in all three architectures
+BLOCKS = (GPTBlock, PaLMBlock, T5Block)
 
 
 class LoRALinear(nn.Linear):
-    """y = x W + b + alpha / r x A B. W and b are the trunk's, A (inputs, r) and B (r, outputs) the active adapter's."""
+    """y = x W + b + alpha / r x A B, Eq. 3 of the paper.
 
-    def __init__(self, linear, adapters):
-        nn.Module.__init__(self)        # not nn.Linear's: the weights are there already
+    W and b are the trunk's; A (inputs, r) and B (r, outputs) are those of the active adapter."""
+
+    def __init__(self, linear, active=None):
+        # Skips nn.Linear's own constructor, which would draw new weights.
+        nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.adapters, self.lora_a, self.lora_b = adapters, nn.ParameterDict(), nn.ParameterDict()
-
-    def scale(self, name):
-        return self.adapters.settings[name]["alpha"] / self.adapters.settings[name]["rank"]
+        self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()     # of each adapter
+        self.scale = {}             # alpha / r of each adapter
+        self.active = active        # the adapter that forward() uses, or None
 
     def forward(self, x):
-        y, name = F.linear(x, self.weight, self.bias), self.adapters.active
-        return y + self.scale(name) * (x @ self.lora_a[name] @ self.lora_b[name]) if name in self.lora_a else y
+        y = F.linear(x, self.weight, self.bias)
+        if self.active not in self.lora_a:
+            return y
+        update = x @ self.lora_a[self.active] @ self.lora_b[self.active]      # (.., outputs)
+        return y + self.scale[self.active] * update
 
 
 def trunk_of(model):
     """The language model in a model, and what the names of its parameters start with."""
-    return next((m, f"{name}." if name else "") for name, m in model.named_modules() if isinstance(m, LanguageModel))
+    for name, module in model.named_modules():
+        if isinstance(module, LanguageModel):
+            return module, f"{name}." if name else ""
+    raise ValueError("there is no language model in this model")
 
 
-def add_adapter(model, name, rank=8, alpha=16.0, targets="all"):
-    """A new adapter, A ~ N(0, 1/inputs) and B = 0, so that it changes nothing yet.
-    targets: all linear layers, or attention, or how the names of the layers end, with commas between: "c_attn,.q"."""
+def lora_layers(model):
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+def active_adapter(model):
+    """The name of the active adapter, or None."""
+    return next((layer.active for layer in lora_layers(model)), None)
+
+
+def set_active(model, name):
+    for layer in lora_layers(model):
+        layer.active = name
+
+
+def add_adapter(model, name, rank=8, alpha=16.0):
+    """A new adapter on all linear layers of the trunk but the output layer.
+
+    A ~ N(0, 1/inputs) and B = 0, so it changes nothing yet. Raises InputError if the name is
+    taken."""
     trunk, _ = trunk_of(model)
-    ends = {"all": ("",), "attention": ATTENTION}.get(targets) or tuple(targets.split(","))
-    layers = [(n, m) for n, m in trunk.named_modules() if isinstance(m, nn.Linear) and n != "lm_head" and n.endswith(ends)]
-    if not layers or name in trunk.adapters.settings:
-        raise InputError(f"adapter '{name}': " + ("it is there already" if layers else f"no layer's name ends with '{targets}'"))
-    trunk.adapters.settings[name] = {"rank": rank, "alpha": alpha, "targets": targets}
-    for path, layer in layers:
+    if any(name in layer.lora_a for layer in lora_layers(trunk)):
+        raise InputError(f"there is an adapter '{name}' already")
+    active = active_adapter(trunk)
+    for path, layer in list(trunk.named_modules()):
+        if not isinstance(layer, nn.Linear) or path == "lm_head":
+            continue
         if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(layer, trunk.adapters)
+            layer = LoRALinear(layer, active)
             trunk.set_submodule(path, layer)
-        a, b = layer.weight.new_empty(layer.in_features, rank), layer.weight.new_zeros(rank, layer.out_features)
-        layer.lora_a[name], layer.lora_b[name] = nn.Parameter(nn.init.normal_(a, std=layer.in_features ** -0.5)), nn.Parameter(b)
+        a = layer.weight.new_empty(layer.in_features, rank)
+        b = layer.weight.new_zeros(rank, layer.out_features)
+        layer.lora_a[name] = nn.Parameter(nn.init.normal_(a, std=layer.in_features ** -0.5))
+        layer.lora_b[name] = nn.Parameter(b)
+        layer.scale[name] = alpha / rank
 
 
 @contextlib.contextmanager
 def adapter(model, name):
-    """In this block the model computes with the adapter of that name; None is the trunk alone."""
-    adapters = trunk_of(model)[0].adapters
-    if name is not None and name not in adapters.settings:
-        raise InputError(f"there is no adapter '{name}', only {', '.join(adapters.settings) or 'the trunk'}")
-    if adapters.merged:
-        raise InputError(f"adapter '{adapters.merged}' is part of the weights now: there is no other until the block ends")
-    before, adapters.active = adapters.active, name
+    """In this block the model computes with that adapter; None is the trunk alone.
+
+    Raises InputError if there is no such adapter."""
+    layers = lora_layers(model)
+    if name is not None and not any(name in layer.lora_a for layer in layers):
+        raise InputError(f"there is no adapter '{name}' on this model")
+    before = [layer.active for layer in layers]
+    set_active(model, name)
     try:
         yield model
     finally:
-        adapters.active = before
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
 
 
-@contextlib.contextmanager
-def merged(model, name):
-    """In this block the adapter is part of the weights, W + alpha / r A B, to generate or to save; then the old ones are back,
-    bit for bit."""
-    trunk, _ = trunk_of(model)
-    with adapter(model, name):
-        layers = [m for m in trunk.modules() if isinstance(m, LoRALinear) and name in m.lora_a]
-        kept = [layer.weight.detach().clone() for layer in layers]
-        trunk.adapters.active, trunk.adapters.merged = None, name
-        try:
-            for layer in layers:
-                layer.weight.data += layer.scale(name) * (layer.lora_a[name] @ layer.lora_b[name]).detach().T
-            yield model
-        finally:
-            trunk.adapters.merged = None
-            for layer, weight in zip(layers, kept, strict=True):
-                layer.weight.data.copy_(weight)
+class AdapterView(nn.Module):
+    """A model that computes with one adapter whenever it is called; None is the trunk alone.
 
-
-def train_only(model, what):
-    """what: all, adapters, or last:k (the last k blocks and the norm behind them). Heads always learn."""
-    match = re.fullmatch(r"all|adapters|last:([1-9]\d*)", what)
-    if not match:
-        raise InputError(f"what can be trained is all, adapters or last:k, not '{what}'")
-    trunk, _ = trunk_of(model)
-    blocks = [f"{name}." for name, m in trunk.named_modules() if isinstance(m, (GPTBlock, PaLMBlock, T5Block))]
-    last = (*blocks[-int(match[1] or 1):], "ln_f.", "decoder.ln_f.")
-    for name, parameter in trunk.named_parameters():
-        parameter.requires_grad_(what == "all" or (".lora_" in name if what == "adapters" else name.startswith(last)))
-
-
-class Adapted:
-    """The model as it is with one adapter, or with none: the reference. All that share a trunk hold its weights once."""
+    All views of a trunk share its weights."""
 
     def __init__(self, model, name):
-        self.model, self.name, self.config, self.pad_id = model, name, model.config, trunk_of(model)[0].pad_id
+        super().__init__()
+        self.model, self.name = model, name
+        self.config = model.config
+        self.pad_token_id = trunk_of(model)[0].pad_token_id
+
+    def forward(self, prompt, response):
+        with adapter(self.model, self.name):
+            return self.model(prompt, response)
 
     def hidden(self, prompt, response):
         with adapter(self.model, self.name):
             return self.model.hidden(prompt, response)
 
     def head(self, x):
-        return self.model.head(x)       # no adapter is on it
+        return self.model.head(x)           # no adapter is on it
 
-    def __call__(self, prompt, response):
+    def generate(self, *args, **options):
         with adapter(self.model, self.name):
-            return self.model(prompt, response)
+            return self.model.generate(*args, **options)
+
+# -----------------------------------------------------------------------------
+# which parameters are trained
+
+def train_only(model, what):
+    """Freezes all of the trunk but `what`: all, adapters, or last:k, the last k blocks and the
+    norm after them. Heads are always trained. Raises InputError if `what` is none of these."""
+    match = re.fullmatch(r"all|adapters|last:([1-9]\d*)", what)
+    if not match:
+        raise InputError(f"--trainable is all or last:k, such as last:2, not '{what}'")
+    trunk, _ = trunk_of(model)
+    blocks = [f"{path}." for path, module in trunk.named_modules() if isinstance(module, BLOCKS)]
+    last = (*blocks[-int(match[1] or 1):], "ln_f.", "decoder.ln_f.")
+    for name, parameter in trunk.named_parameters():
+        if what == "all":
+            trained = True
+        elif what == "adapters":
+            trained = ".lora_" in name
+        else:
+            trained = name.startswith(last)
+        parameter.requires_grad_(trained)
+
+
+class Recomputed:
+    """The forward() of a block that keeps its inputs alone and runs again in the backward pass."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def __call__(self, *args):
+        forward = functools.partial(type(self.block).forward, self.block)
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        active = active_adapter(self.block)
+
+        def contexts():     # the backward pass may run when another adapter is active
+            return contextlib.nullcontext(), adapter(self.block, active)
+
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
 
 
 def prepare(model, config, name):
-    """What of a stage's model learns, by its options: all weights, the last blocks, or an adapter of that name alone, active from here on."""
-    trunk, _ = trunk_of(model)
-    trunk.checkpointing = config.checkpointing
+    """Applies the TrainOptions of a stage to its model. name: of the adapter, with --lora."""
     if config.lora and config.trainable != "all":
-        raise InputError(f"--lora {config.lora} trains an adapter alone: leave --trainable {config.trainable} out")
-    if not config.lora:
-        return train_only(model, config.trainable)
-    trunk.requires_grad_(False)         # the weights, and other adapters on them
-    add_adapter(model, name, config.lora)
-    trunk.adapters.active = name
-
-
-def save(path, model, **about):
-    """save_model(), with the active adapter, if there is one, merged into the weights; it goes to adapter.pt beside them, too."""
-    if name := trunk_of(model)[0].adapters.active:
-        save_adapter(path.with_name("adapter.pt"), model, name)
-        with merged(model, name):
-            save_model(path, model, **about)
+        raise InputError(f"--lora {config.lora} trains an adapter alone: leave out --trainable")
+    trunk, _ = trunk_of(model)
+    if config.lora:
+        trunk.requires_grad_(False)
+        add_adapter(model, name, config.lora)
+        set_active(model, name)
     else:
-        path.with_name("adapter.pt").unlink(missing_ok=True)        # of an earlier run
-        save_model(path, model, **about)
+        train_only(model, config.trainable)
+    if config.checkpointing:
+        for module in trunk.modules():
+            if isinstance(module, BLOCKS):
+                module.forward = Recomputed(module)
+
+
+def load_policy_and_reference(config, device):
+    """The policy to train, and the frozen model that it starts from.
+
+    With --lora both share one trunk: the reference is the policy with no adapter active."""
+    policy = load_model(config.init, device)
+    prepare(policy, config, "policy")
+    if config.lora:
+        return policy, AdapterView(policy, None)
+    return policy, load_model(config.init, device).requires_grad_(False)
 
 
 def megabytes(models, optimizer):
-    """What these hold between two steps: weights, gradients and the optimizer's state, shared tensors once."""
-    tensors = [x for model in models for x in model.state_dict().values()] + [p.grad for model in models for p in model.parameters()]
-    tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-    return sum({x.data_ptr(): x.nbytes for x in tensors if x is not None}.values()) / 1e6
+    """What the models hold between two steps: weights, gradients, and the optimizer's state.
+    A tensor that several of them share counts once."""
+    tensors = []
+    for model in models:
+        tensors += model.state_dict().values()
+        tensors += [p.grad for p in model.parameters() if p.grad is not None]
+    for state in optimizer.state.values():
+        tensors += [x for x in state.values() if torch.is_tensor(x)]
+    size_at = {x.data_ptr(): x.nbytes for x in tensors}
+    return sum(size_at.values()) / 1e6
+
+# -----------------------------------------------------------------------------
+# load and save
+
+def merged_weights(model, name):
+    """The model's state_dict() with that adapter added to the weights, W + alpha / r A B, and
+    without the adapters themselves."""
+    weights = {key: w for key, w in model.state_dict().items() if ".lora_" not in key}
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoRALinear) and name in layer.lora_a:
+            update = layer.lora_a[name].detach() @ layer.lora_b[name].detach()
+            weights[f"{path}.weight"] = layer.weight.detach() + layer.scale[name] * update.T
+    return weights
+
+
+def save_trained(path, model, tok, **about):
+    """save_model() for what prepare() made trainable: an active adapter is merged into the
+    weights of ckpt.pt, and goes to adapter.pt beside it, too."""
+    name, adapter_path = active_adapter(model), Path(path).with_name("adapter.pt")
+    if name is not None:
+        save_adapter(adapter_path, model, name)
+    else:
+        adapter_path.unlink(missing_ok=True)        # that of an earlier run
+    save_model(path, model, tok, merged_weights(model, name), **about)
 
 
 def fingerprint(trunk):
     """A number that tells trunks apart: the CRC-32 of all weights that are no adapter's."""
     crc = 0
     for name, weight in trunk.state_dict().items():
-        crc = crc if ".lora_" in name else zlib.crc32(weight.cpu().contiguous().numpy().tobytes(), crc)
+        if ".lora_" not in name:
+            crc = zlib.crc32(weight.cpu().contiguous().numpy().tobytes(), crc)
     return crc
 
 
 def save_adapter(path, model, name):
     """Writes an adapter and the model's heads, without the trunk: kilobytes."""
-    trunk, start = trunk_of(model)
-    ends = (f".lora_a.{name}", f".lora_b.{name}")
-    weights = {n: w for n, w in model.state_dict().items() if n.endswith(ends) or not n.startswith(start)}
-    with replacing(path) as temporary:
-        torch.save({"name": name, "settings": trunk.adapters.settings[name], "trunk": fingerprint(trunk), "weights": weights}, temporary)
+    trunk, prefix = trunk_of(model)
+    layer = lora_layers(trunk)[0]
+    adapter_keys = (f".lora_a.{name}", f".lora_b.{name}")
+    weights = {key: w for key, w in model.state_dict().items()
+               if key.endswith(adapter_keys) or not key.startswith(prefix)}
+    content = {"name": name, "rank": layer.lora_a[name].size(1), "trunk": fingerprint(trunk),
+               "alpha": layer.scale[name] * layer.lora_a[name].size(1), "weights": weights}
+    with atomic_write(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_adapter(path, model):
-    """Puts a saved adapter, and its heads, on a model with the trunk that it was trained on. Returns the adapter's name."""
+    """Puts a saved adapter and its heads, frozen, on a model with the trunk that they were
+    trained on. Returns the adapter's name. Raises InputError if it is another trunk."""
     saved = torch.load(path, map_location="cpu", weights_only=True)
     name, (trunk, _) = saved["name"], trunk_of(model)
     if saved["trunk"] != fingerprint(trunk):
-        raise InputError(f"{path}: this adapter belongs to another model than the one that it is put on; train it again from this one")
-    if trunk.adapters.settings.get(name) != saved["settings"]:
-        add_adapter(model, name, **saved["settings"])
-    expected = {n: w.shape for n, w in model.state_dict().items()}
-    if wrong := [n for n, w in saved["weights"].items() if expected.get(n) != w.shape]:
-        raise InputError(f"{path}: this adapter belongs to another model: {wrong[0]} does not fit")
+        raise InputError(f"{path}: this adapter was trained on another model than {name}'s is put "
+                         "on; train it again from this one")
+    add_adapter(model, name, saved["rank"], saved["alpha"])
     model.load_state_dict(saved["weights"], strict=False)
+    for key, parameter in model.named_parameters():
+        if key in saved["weights"]:
+            parameter.requires_grad_(False)
     return name
+
+
+def load_reward_adapter(path, policy, config):
+    """The reward model that reward_model.py --lora trained, on the policy's own trunk.
+
+    path: of its adapter.pt. Raises InputError if it is not there, or fits another trunk."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist: with --lora the reward model is an adapter on "
+                         "the policy's trunk; make it with: python reward_model.py "
+                         f"--lora {config.lora} --init {config.init}")
+    weights = torch.load(path, map_location="cpu", weights_only=True)["weights"]
+    reward_model = RewardModel(policy, "likelihood" in weights)
+    reward_model.to(next(policy.parameters()).device)
+    return AdapterView(reward_model, load_adapter(path, reward_model))

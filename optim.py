@@ -1,9 +1,9 @@
 """
-How weights are moved: AdamW, Muon, the schedule of the rate, and one step.
+Optimizers and learning-rate schedule: AdamW, Muon, and one optimizer step.
 
     optimizer = Muon(model, lr)                                     or adamw(model, lr)
     set_lr(optimizer, lr, step, max_steps, warmup_steps)
-    norm = optimizer_step(loss, model, optimizer, grad_clip)
+    grad_norm = optimizer_step(loss, model, optimizer, grad_clip)
 """
 
 import math
@@ -11,45 +11,68 @@ import math
 import torch
 import torch.nn as nn
 
-from common import average_gradients
+from common import average_gradients, supports_bf16
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, without=()):
-    """AdamW over the trainable parameters but those in `without`; only matrices decay, not biases and gains."""
-    params = [p for p in model.parameters() if p.requires_grad and all(p is not other for other in without)]
-    groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
+    """AdamW (https://arxiv.org/abs/1711.05101) over the trainable parameters, except `without`.
+
+    Only matrices decay: a bias or a gain that shrinks toward 0 is no simpler model."""
+    excluded = {id(p) for p in without}
+    params = [p for p in model.parameters() if p.requires_grad and id(p) not in excluded]
+    matrices = [p for p in params if p.dim() >= 2]
+    vectors = [p for p in params if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the matrices of the blocks, AdamW for all else (embeddings, heads, gains, biases): https://kellerjordan.github.io/posts/muon/.
+    """Muon for the matrices of the blocks, AdamW for embeddings, heads, gains, and biases.
 
-    A matrix's momentum is replaced by the nearest orthogonal matrix, so that rare directions, such as a fact about one word, learn as fast as
-    common ones: here it takes a third fewer samples than AdamW. Its step is a third of what AdamW's would be: measured best with one lr for both."""
+    Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest
+    orthogonal matrix. All directions get steps of one size, so rare ones, such as a fact about a
+    single word, learn as fast as common ones."""
 
     def __init__(self, model, lr, weight_decay=0.0, momentum=0.95):
-        embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-        self.matrices = [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and min(p.shape) > 1      # no embedding, no head
-                         and p.size(0) != model.config.vocab_size and all(p is not embedding for embedding in embeddings)]
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+
+        def is_block_matrix(p):
+            is_head = p.size(0) == model.config.vocab_size
+            return min(p.shape) > 1 and not is_head and id(p) not in embeddings
+
+        trainable = [p for p in model.parameters() if p.requires_grad and p.dim() == 2]
+        self.matrices = [p for p in trainable if is_block_matrix(p)]
         self.adamw = adamw(model, lr, weight_decay, without=self.matrices)
-        super().__init__(self.matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.param_groups += self.adamw.param_groups      # set_lr() reaches both
+        group = {"params": self.matrices}           # empty for adapters of rank 1, which is fine
+        super().__init__([group], dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.param_groups += self.adamw.param_groups      # so that set_lr() reaches both
 
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        for shape in {p.shape: None for p in self.matrices}:      # those of one shape at once
+        lr, momentum = group["lr"], group["momentum"]
+        # Matrices of one shape are orthogonalized together: a few large products, not many small.
+        for shape in dict.fromkeys(p.shape for p in self.matrices):
             params = [p for p in self.matrices if p.shape == shape]
+            updates = []
             for p in params:
-                self.state[p].setdefault("momentum", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)
-            steps = orthogonalize(torch.stack([p.grad + group["momentum"] * self.state[p]["momentum"] for p in params]))   # Nesterov
-            for p, step in zip(params, steps, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-0.067 * max(shape) ** 0.5 * group["lr"])
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.mul_(momentum).add_(p.grad)
+                updates.append(p.grad + momentum * buffer)            # Nesterov momentum
+            updates = orthogonalize(torch.stack(updates))             # (N, rows, columns)
+            # An orthogonal matrix has entries of size 1/sqrt(max(shape)), so this factor gives
+            # entries of size 0.067 lr: a third of Moonlight's 0.2 (arXiv 2502.16982, Eq. 4),
+            # because lr is the one of AdamW here.
+            scale = 0.067 * max(shape) ** 0.5
+            for p, update in zip(params, updates, strict=True):
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(update, alpha=-scale * lr)
         self.adamw.step()
 
     def state_dict(self):
-        return {"momentum": [self.state[p].get("momentum") for p in self.matrices], "adamw": self.adamw.state_dict()}
+        momenta = [self.state[p].get("momentum") for p in self.matrices]
+        return {"momentum": momenta, "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state):
         for p, momentum in zip(self.matrices, state["momentum"], strict=True):
@@ -59,31 +82,41 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices, steps=5):
-    """About the nearest matrices with all singular values near 1, by Newton-Schulz: X <- aX + (bA + cA A) X with A = X X^T. (N, rows, columns)"""
+    """Approximately the nearest matrices whose singular values are all near 1. (N, rows, columns)
+
+    Newton-Schulz iteration: X <- aX + (bA + cAA) X with A = X X^T and Jordan's a, b, c."""
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16)
+    # The iteration converges from singular values of at most 1, and a norm of 1 ensures that.
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    # The iteration tolerates the rounding of bfloat16, but a CPU without it would emulate it.
+    x = x.to(torch.bfloat16 if supports_bf16(x.device) else torch.float32)
     for _ in range(steps):
         a = x @ x.mT
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)        # bA + cAA
+        x = torch.baddbmm(x, b, x, beta=3.4445)                       # aX + (bA + cAA) X
     return (x.mT if tall else x).to(matrices.dtype)
 
 
 def set_lr(optimizer, lr, step, max_steps, warmup_steps=0):
-    """Linear warm-up, then linearly down to zero: lr min(t/warmup, (N - t)/(N - warmup)). Returns the rate."""
-    rate = lr * min((step + 1) / max(warmup_steps, 1), (max_steps - step) / max(max_steps - warmup_steps, 1))
+    """Linear warm-up to lr, then linear decay to zero. Returns the rate of this step.
+
+    rate = lr min((step + 1) / warmup, (max_steps - step) / (max_steps - warmup))"""
+    warmup = (step + 1) / max(warmup_steps, 1)
+    decay = (max_steps - step) / max(max_steps - warmup_steps, 1)
+    rate = lr * min(warmup, decay)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
 
 
 def optimizer_step(loss, model, optimizer, grad_clip):
-    """zero_grad > backward > clip > step, in the only order that works. Returns the gradient's norm before the clip.
-    loss: of this rank's rows; the mean over the ranks is what is minimized."""
+    """zero_grad, backward, clip, step: in this order. Returns the gradient's norm before the clip.
+
+    grad_clip: the largest norm of the whole gradient; 0 does not clip."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     average_gradients(model)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     optimizer.step()
     return norm.item()

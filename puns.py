@@ -1,23 +1,23 @@
 """
-The pun world: a grammar that writes endless puns and near-puns, and the judge that knows them apart.
+The pun world: a grammar that writes endless puns and near-puns, and a judge that tells them apart.
 
     pun        I used to be a banker, but then I lost interest.
     mismatch   I used to be a pilot, but then I lost interest.
     literal    I used to be a banker, but then I decided to start over.
 
-A sentence is a frame ("I used to be {a X}, but then I {past my}."), a thing X and a phrase Y. Any X goes with any Y and the
-sentence is English, but only X and Y of one topic make a pun. The grammar is unambiguous, so the judge needs no model: it
-parses a text back into frame, X and Y and looks. It stands in for human taste: it labels the preferences that the reward
-model learns from, and it measures the result. No training ever sees it in another way.
+A sentence has three parts: a frame ("I used to be {a X}, but then I {past my}."), a thing X, and
+a phrase. Any thing and any phrase make an English sentence, but only those of one topic make a
+pun. The grammar is unambiguous, so the judge needs no model: it parses a text back into its three
+parts and compares the topics. The judge stands in for human taste: it labels the preferences that
+the reward model learns from, and it measures the result. Training sees nothing else of it.
 
-The words live in lexicon/, in plain files that you can read and extend:
+The words are in lexicon/, in plain files that you can read and extend:
 
-    python puns.py check             looks for mistakes in the lexicon (file, line, reason)
+    python puns.py check             lists mistakes in the lexicon (file, line, reason)
     python puns.py sample --n 20     writes some puns
     python puns.py judge "About a banker:" " Old bankers never die, they just lose interest."
 """
 
-import collections
 import functools
 import math
 import random
@@ -30,117 +30,353 @@ from typing import NamedTuple
 
 import tyro
 
-from common import InputError, bar, run
+from common import InputError, command_line, progress_bar
 
 LEXICON = Path(__file__).parent / "lexicon"
-FORMS = ("base", "third", "past", "participle", "ing")
-KINDS = ("person", "animal", "object")
-MIX = {"pun": 0.30, "mismatch": 0.35, "literal": 0.35}   # what the SFT corpus is made of
-HELD_OUT = 0.15                                          # share of the pun pairs (X, Y) that no training set contains
-SELF = dict(my="myself", your="yourself", his="himself", her="herself", its="itself", our="ourselves", their="themselves")
-PHRASE_SLOT = re.compile(rf"({'|'.join(FORMS)}) ({'|'.join(SELF)}|X's)")
-AN = re.compile(r"(?!uni|use|eu|one\b|once\b|ukulele)[aeiou]|hour|honest|heir|herb|x-ray", re.I)     # a unicorn, an hourglass
+MIX = {"pun": 0.30, "mismatch": 0.35, "literal": 0.35}      # kinds of sentences in the SFT corpus
+HELD_OUT = 0.15     # fraction of the pun pairs (thing, phrase) that no training set contains
+
+# Kinds of the chosen texts in preferences(), and of the rejected ones.
+CHOSEN_MIX = {"pun": 0.85, "mismatch": 0.075, "literal": 0.075}
+WORSE_THAN_PUN = {"mismatch": 0.35, "literal": 0.35, "broken": 0.15, "off topic": 0.15}
+WORSE_THAN_FLUENT = {"broken": 0.85, "off topic": 0.15}
 
 # -----------------------------------------------------------------------------
-# the words
+# the parts of a sentence
 
+THING_KINDS = ("person", "animal", "object")
+VERB_FORMS = ("base", "third", "past", "participle", "ing")
+REFLEXIVES = {"my": "myself", "your": "yourself", "his": "himself", "her": "herself",
+              "its": "itself", "our": "ourselves", "their": "themselves"}
+
+# The slots that a frame may have. "{past my}" holds a phrase: its verb is in the past tense, and
+# "one's" becomes "my". With "{past X's}", "one's" becomes "their" or "its", as the thing requires.
+THING_SLOTS = {"X", "Xs", "a X", "A X"}
+PHRASE_SLOTS = {f"{form} {whose}" for form in VERB_FORMS for whose in [*REFLEXIVES, "X's"]}
+KNOWN_SLOTS = THING_SLOTS | PHRASE_SLOTS | {"they", "They"}
+
+# "an" goes by sound, not by spelling: "an hourglass", but "a unicorn".
+VOWEL_SOUND = re.compile(r"(?!uni|use|eu|one\b|once\b|ukulele)[aeiou]|hour|honest|heir|herb|x-ray",
+                         re.IGNORECASE)
+
+
+# The parts are compared by identity (eq=False): it is fast, and each exists only once.
 @dataclass(frozen=True, eq=False)
 class Thing:
-    topic: str
-    kind: str             # person | animal | object
+    topic: str            # "banking"
+    kind: str             # person, animal, or object
     name: str             # "loan officer"
     plural: str           # "loan officers"
 
     @functools.cached_property
     def slots(self):
         """{slot of a frame: what this thing puts there}"""
-        a, (they, whose) = "an" if AN.match(self.name) else "a", ("they", "their") if self.kind == "person" else ("it", "its")
-        return {"X": self.name, "Xs": self.plural, "a X": f"{a} {self.name}", "A X": f"{a.capitalize()} {self.name}",
+        article = "an" if VOWEL_SOUND.match(self.name) else "a"
+        they, whose = ("they", "their") if self.kind == "person" else ("it", "its")
+        return {"X": self.name, "Xs": self.plural,
+                "a X": f"{article} {self.name}", "A X": f"{article.capitalize()} {self.name}",
                 "they": they, "They": they.capitalize(), "X's": whose}
+
+    def inflection(self, frame):
+        """The inflection of the phrase when this thing is in the frame, such as "past their"."""
+        return frame.slot.replace("X's", self.slots["X's"])
 
 
 @dataclass(frozen=True, eq=False)
 class Phrase:
-    topic: str            # '' for a literal phrase
-    text: str             # "lose interest", verb first and in its base form
-    written: str          # the pun word as the text shows it, "interest" ('' for a literal phrase)
-    heard: str            # the word that the reader hears: the same, or "soul" for a written "sole"
-    topic_sense: str = ""
-    everyday_sense: str = ""
+    topic: str            # "banking"; "" for a literal phrase, which has no pun word
+    text: str             # "lose interest": the verb comes first, in its base form
+    written: str          # the pun word as it is spelled: "interest", or "sole"
+    heard: str            # the word that the reader hears: "interest" again, or "soul"
+    topic_sense: str      # "what money earns"
+    everyday_sense: str   # "curiosity"
 
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    family: str
-    takes: str            # person | any
+    family: str           # "first", a group of similar frames
+    takes: str            # person, or any
     text: str             # "I used to be {a X}, but then I {past my}."
-    slot: str             # the slot of its phrase, "past my"
-    form: str             # "past"
-    whose: str            # "my"
+    slot: str             # "past my", the slot of the phrase
 
 
-Parse = collections.namedtuple("Parse", "frame thing phrase")
+class Parse(NamedTuple):
+    """What a sentence was written from."""
+    frame: Frame
+    thing: Thing
+    phrase: Phrase
 
 
 class Verdict(NamedTuple):
-    fluent: bool          # the grammar could have written it
-    on_topic: bool        # ... about the thing that the prompt asks for
-    pun: bool             # ... and thing and phrase belong to one topic
-    novel: bool           # ... and this pair was held out of every training set
-    parse: Parse | None
+    fluent: bool          # the grammar could have written the text
+    on_topic: bool        # it is fluent, and about the thing in the prompt
+    pun: bool             # it is fluent, and its thing and its phrase belong to one topic
+    parse: Parse | None   # None if it is not fluent
 
 
 def pluralize(noun):
+    """The regular plural of an English noun. The lexicon spells out irregular ones."""
     if re.search(r"(s|x|z|ch|sh)$", noun):
         return noun + "es"
-    return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
-
-
-def expect(condition, reason):
-    """Raises ValueError(reason), which World.read() turns into a mistake with file and line."""
-    if not condition:
-        raise ValueError(reason)
+    if re.search(r"[^aeiou]y$", noun):
+        return noun[:-1] + "ies"
+    return noun + "s"
 
 # -----------------------------------------------------------------------------
 # the world
 
 class World:
-    """The lexicon with its grammar (write, render) and its judge (parse, judge)."""
+    """A lexicon with the grammar that writes sentences and the judge that reads them.
+
+    Randomness comes from a seed, or from `rng`, a random.Random."""
 
     def __init__(self, folder=LEXICON):
-        """Reads the lexicon. Raises InputError that lists every mistake as file:line: reason."""
-        self.things, self.phrases, self.literals, self.frames, self.verbs, self.topic = [], [], [], [], {}, ""
-        self.mistakes, self.defined = [], {}      # ["file:line: reason"], {(what, name): "file:line"}
-        files = {"verbs": self.add_verb, "literals": functools.partial(self.add_phrase, ""), "frames": self.add_frame}
-        topics = [path for path in sorted(Path(folder).glob("*.txt")) if path.stem not in files]
-        for path in (Path(folder) / "verbs.txt", *topics, Path(folder) / "literals.txt", Path(folder) / "frames.txt"):
-            self.read(path, files.get(path.stem, self.add_to_topic))
+        """Raises InputError, which lists every mistake in the lexicon with file and line."""
+        lexicon = Lexicon(folder)
+        self.things, self.frames = lexicon.things, lexicon.frames
+        self.phrases, self.literals = lexicon.phrases, lexicon.literals     # with and without a pun
+        self.verbs = lexicon.verbs          # {"lose": {"base": "lose", "past": "lost", ...}}
+        self.by_name = {thing.name: thing for thing in self.things}
+        self.by_prompt = {self.prompt(thing): thing for thing in self.things}
+        frames_for_any = [frame for frame in self.frames if frame.takes == "any"]
+        self.frames_for = dict.fromkeys(THING_KINDS, frames_for_any) | {"person": self.frames}
+        self.topic_phrases = {thing.topic: [] for thing in self.things}
+        for phrase in self.phrases:
+            self.topic_phrases[phrase.topic].append(phrase)
+        self.hold_out_pairs()
+        self.build_parser()
+
+    def hold_out_pairs(self):
+        """Splits the pairs (thing, phrase) that make a pun into train_puns and held_out.
+
+        Checksums decide, not random numbers: a new word in the lexicon hardly moves the others."""
+        def checksum(pair):
+            thing, phrase = pair
+            return zlib.crc32(f"{thing.name}|{phrase.text}".encode())
+
+        pairs = [(thing, phrase) for thing in self.things
+                 for phrase in self.topic_phrases[thing.topic]]
+        pairs.sort(key=checksum)
+        n_held_out = round(HELD_OUT * len(pairs))
+        self.train_puns = {thing: list(self.topic_phrases[thing.topic]) for thing in self.things}
+        self.held_out = []
+        for thing, phrase in pairs:
+            # Every thing keeps at least one pun to learn from.
+            if len(self.held_out) < n_held_out and len(self.train_puns[thing]) > 1:
+                self.train_puns[thing].remove(phrase)
+                self.held_out.append((thing, phrase))
+
+    # -- the grammar ------------------------------------------------------------
+
+    def prompt(self, thing):
+        return f"About {thing.slots['a X']}:"
+
+    def inflect(self, phrase, inflection):
+        """Fits a phrase to a sentence: ("lose one's balance", "past my") -> "lost my balance"."""
+        verb, _, rest = phrase.text.partition(" ")
+        form, whose = inflection.split(" ")
+        text = f"{self.verbs[verb][form]} {rest}"
+        # With the space in front, "everyone's" stays as it is.
+        text = text.replace(" one's", f" {whose}")
+        return text.replace(" oneself", f" {REFLEXIVES[whose]}")
+
+    def render(self, frame, thing, phrase):
+        """The sentence that these three parts make."""
+        inflected = self.inflect(phrase, thing.inflection(frame))
+        return frame.text.format_map(thing.slots | {frame.slot: inflected})
+
+    def choose_phrase(self, rng, thing, kind):
+        """A phrase that makes a pun, mismatch, or literal of `thing`; never of a held-out pair."""
+        if kind == "pun":
+            return rng.choice(self.train_puns[thing])
+        if kind == "literal":
+            return rng.choice(self.literals)
+        while True:     # few phrases share a topic, so the first draw is nearly always good
+            phrase = rng.choice(self.phrases)
+            if phrase.topic != thing.topic:
+                return phrase
+
+    def write(self, rng, thing, kind, phrase=None):
+        """A random sentence about `thing`: a pun, mismatch, or literal, or one with `phrase`."""
+        frame = rng.choice(self.frames_for[thing.kind])
+        if phrase is None:
+            phrase = self.choose_phrase(rng, thing, kind)
+        return self.render(frame, thing, phrase)
+
+    def worsen(self, rng, thing, kind, how):
+        """A text that loses against a better one about `thing`.
+
+        how: mismatch, literal, or what is wrong with a text of `kind`: broken, or off topic."""
+        if how == "off topic":
+            other = rng.choice([other for other in self.things if other != thing])
+            return self.write(rng, other, kind)
+        if how == "broken":
+            return self.damage(rng, self.write(rng, thing, kind))
+        return self.write(rng, thing, how)
+
+    def damage(self, rng, text):
+        """The text with a word dropped, doubled, or swapped, or cut short. It does not parse."""
+        words = text.split()
+        while True:
+            i, j = rng.randrange(len(words)), rng.randrange(len(words))
+            dropped = words[:i] + words[i + 1:]
+            doubled = words[:i + 1] + words[i:]
+            cut = words[:i + 1]
+            swapped = list(words)
+            swapped[i], swapped[j] = words[j], words[i]
+            damaged = " ".join(rng.choice([dropped, doubled, cut, swapped]))
+            if self.parse(damaged) is None:     # swapping equal words does no damage, for example
+                return damaged
+
+    # -- records for training ---------------------------------------------------
+
+    def corpus(self, n, seed, mix=MIX):
+        """n records {prompt, completion}. Things are drawn uniformly, kinds as in `mix`."""
+        rng = random.Random(seed)
+        things = rng.choices(self.things, k=n)
+        kinds = rng.choices(list(mix), mix.values(), k=n)
+        records = []
+        draws = zip(things, kinds, strict=True)
+        for thing, kind in progress_bar(draws, "corpus", n, at_least=50_000):
+            text = self.write(rng, thing, kind)
+            records.append({"prompt": self.prompt(thing), "completion": " " + text})
+        return records
+
+    def preferences(self, n, seed, noise=0.0, held_out=False):
+        """n records {prompt, chosen, rejected}.
+
+        Mostly a pun is chosen over a mismatch or a literal, sometimes a fluent text over a broken
+        or an off-topic one.
+        noise: fraction of the labels that are flipped, as if people made mistakes.
+        held_out: the chosen puns come from pairs that no training set contains."""
+        rng = random.Random(seed)
+        records = []
+        for _ in range(n):
+            thing = rng.choice(self.things)
+            better = rng.choices(list(CHOSEN_MIX), CHOSEN_MIX.values())[0]
+            worse_mix = WORSE_THAN_PUN if better == "pun" else WORSE_THAN_FLUENT
+            worse = rng.choices(list(worse_mix), worse_mix.values())[0]
+            phrase = None
+            if held_out and better == "pun":
+                thing, phrase = rng.choice(self.held_out)
+            chosen = self.write(rng, thing, better, phrase)
+            rejected = self.worsen(rng, thing, better, worse)
+            if rng.random() < noise:
+                chosen, rejected = rejected, chosen
+            records.append({"prompt": self.prompt(thing),
+                            "chosen": " " + chosen, "rejected": " " + rejected})
+        return records
+
+    def rankings(self, n, seed):
+        """n records {prompt, ranked}: a pun, a mismatch or literal, a broken or off-topic text."""
+        rng = random.Random(seed)
+        records = []
+        for _ in range(n):
+            thing = rng.choice(self.things)
+            fluent = rng.choice(["mismatch", "literal"])
+            best = self.write(rng, thing, "pun")
+            middle = self.write(rng, thing, fluent)
+            # The worst may be a pun, too, but on the wrong topic or in a broken sentence.
+            kind, how = rng.choice(["pun", fluent]), rng.choice(["broken", "off topic"])
+            worst = self.worsen(rng, thing, kind, how)
+            ranked = [" " + text for text in (best, middle, worst)]
+            records.append({"prompt": self.prompt(thing), "ranked": ranked})
+        return records
+
+    def entropy(self):
+        """Mean entropy of a completion given its prompt, in nats: no model's loss can be lower.
+
+        A completion has exactly one parse, so the entropies of the choices add up:
+        H(completion) = H(frame) + H(kind) + sum over kinds of p(kind) H(phrase | kind)"""
+        total = 0.0
+        for thing in self.things:
+            n_mismatches = len(self.phrases) - len(self.topic_phrases[thing.topic])
+            n_phrases = {"pun": len(self.train_puns[thing]), "mismatch": n_mismatches,
+                         "literal": len(self.literals)}
+            total += math.log(len(self.frames_for[thing.kind]))
+            total += sum(p * (math.log(n_phrases[kind]) - math.log(p)) for kind, p in MIX.items())
+        return total / len(self.things)
+
+    # -- the judge --------------------------------------------------------------
+
+    def build_parser(self):
+        """Builds the tables that parse() looks up. A sentence is before + phrase + after:
+
+        shells       {before: {after: [(frame, thing), ...]}}
+        phrase_of    {inflection: {inflected text: phrase}}"""
+        self.shells, self.phrase_of = {}, {}
+        for thing in self.things:
+            for frame in self.frames_for[thing.kind]:
+                shell = frame.text.format_map(thing.slots | {frame.slot: "\0"})
+                before, _, after = shell.partition("\0")
+                self.shells.setdefault(before, {}).setdefault(after, []).append((frame, thing))
+                inflection = thing.inflection(frame)
+                if inflection not in self.phrase_of:
+                    self.phrase_of[inflection] = {self.inflect(phrase, inflection): phrase
+                                                  for phrase in self.phrases + self.literals}
+
+    def parse(self, text):
+        """The Parse of what the text was written from, or None if the grammar cannot write it."""
+        boundaries = [match.start() for match in re.finditer(r"\b", text)]     # of words
+        for start in [i for i in boundaries if text[:i] in self.shells]:
+            afters = self.shells[text[:start]]
+            for end in boundaries:
+                for frame, thing in afters.get(text[end:], []):
+                    phrases = self.phrase_of[thing.inflection(frame)]
+                    if phrase := phrases.get(text[start:end]):
+                        return Parse(frame, thing, phrase)
+        return None
+
+    def judge(self, prompt, text):
+        """The Verdict on a completion of a prompt.
+
+        One space before the text belongs to the format of the records, not to the sentence."""
+        parse = self.parse(text.removeprefix(" "))
+        if parse is None:
+            return Verdict(False, False, False, None)
+        on_topic = self.prompt(parse.thing) == prompt
+        pun = parse.thing.topic == parse.phrase.topic
+        return Verdict(True, on_topic, pun, parse)
+
+
+@functools.lru_cache(maxsize=1)
+def world():
+    """The world of lexicon/, read once."""
+    return World()
+
+# -----------------------------------------------------------------------------
+# reading the lexicon
+
+def expect(condition, reason):
+    """Raises ValueError(reason), which Lexicon.read() turns into a mistake with file and line."""
+    if not condition:
+        raise ValueError(reason)
+
+
+class Lexicon:
+    """The words of a folder. After a mistake it reads on, so that one error lists them all."""
+
+    def __init__(self, folder):
+        self.things, self.phrases, self.literals, self.frames, self.verbs = [], [], [], [], {}
+        self.topic = ""         # of the line that is being read
+        self.mistakes = []      # ["file:line: reason"]
+        self.defined = {}       # {("thing", "banker"): "file:line"}
+        self.topic_of = {}      # {"banker": "banking", "bankers": "banking", "interest": "banking"}
+        folder = Path(folder)
+        self.read(folder / "verbs.txt", self.add_verb)      # first: phrases need their verbs
+        for path in sorted(folder.glob("*.txt")):
+            if path.stem not in ("verbs", "literals", "frames"):
+                self.read(path, self.add_to_topic)
+        self.read(folder / "literals.txt", self.add_literal)
+        self.read(folder / "frames.txt", self.add_frame)
         self.check_topics()
         if self.mistakes:
             raise InputError("the lexicon has mistakes:\n" + "\n".join(self.mistakes))
 
-        self.by_name = {thing.name: thing for thing in self.things}
-        self.by_prompt = {self.prompt(thing): thing for thing in self.things}
-        self.frames_for = {kind: [f for f in self.frames if f.takes == "any" or kind == "person"] for kind in KINDS}
-        self.topic_phrases = {thing.topic: [] for thing in self.things}
-        for phrase in self.phrases:
-            self.topic_phrases[phrase.topic].append(phrase)
-        # The held-out pairs are those with the smallest checksums: fixed, and hardly moved by a new word in the lexicon.
-        pairs = [(thing, phrase) for thing in self.things for phrase in self.topic_phrases[thing.topic]]
-        pairs.sort(key=lambda pair: zlib.crc32(f"{pair[0].name}|{pair[1].text}".encode()))
-        self.train_puns, self.held_out = {thing: list(self.topic_phrases[thing.topic]) for thing in self.things}, []
-        for thing, phrase in pairs:
-            if len(self.held_out) < round(HELD_OUT * len(pairs)) and len(self.train_puns[thing]) > 1:     # each keeps one to learn
-                self.train_puns[thing].remove(phrase)
-                self.held_out.append((thing, phrase))
-        self.build_parser()
-
-    # -- reading ----------------------------------------------------------------
-
     def read(self, path, add):
-        """Gives add() each line that is neither blank nor a comment, and notes what it does not like."""
+        """Calls add() for each line that is neither blank nor a comment. Notes its mistakes."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()       # editors may add a BOM
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read: {error}") from None
         for n, line in enumerate(lines, 1):
@@ -152,242 +388,146 @@ class World:
                     self.mistakes.append(f"{self.where}: {error}")
 
     def define(self, what, name):
-        """Notes that `name` is defined here; a second definition is a mistake."""
-        expect((what, name) not in self.defined, f"{what} '{name}' stands already at {self.defined.get((what, name))}")
+        """Notes where `name` is defined. A second definition is a mistake."""
+        earlier = self.defined.get((what, name))
+        expect(earlier is None, f"{what} '{name}' is already defined at {earlier}")
         self.defined[what, name] = self.where
+
+    def claim(self, word):
+        """Notes the topic of a thing or a pun word. In two topics, it would make puns in both."""
+        topic = self.topic_of.setdefault(word, self.topic)
+        expect(topic == self.topic, f"'{word}' belongs to topic {topic} already")
 
     def add_verb(self, line):
         forms = line.split()
-        expect(len(forms) == len(FORMS), f"a verb has five forms ({' '.join(FORMS)}), here are {len(forms)}")
+        expect(len(forms) == len(VERB_FORMS),
+               f"a verb has five forms ({' '.join(VERB_FORMS)}), not {len(forms)}")
         self.define("verb", forms[0])
-        self.verbs[forms[0]] = dict(zip(FORMS, forms, strict=True))
+        self.verbs[forms[0]] = dict(zip(VERB_FORMS, forms, strict=True))
 
     def add_to_topic(self, line):
+        """Line of a topic file: topic NAME, person NAME/PLURAL, NAME, ..., or pun PHRASE."""
         field, _, value = line.partition(" ")
         if field == "topic":
             self.topic = value.strip()
-            return self.define("topic", self.topic)
-        expect(self.topic, "this line stands before the first topic")
-        expect(field in (*KINDS, "pun"), f"unknown field '{field}' (known: topic {' '.join(KINDS)} pun)")
+            self.define("topic", self.topic)
+            return
+        expect(self.topic, "this line comes before the first topic: start with 'topic NAME'")
+        expect(field in (*THING_KINDS, "pun"),
+               f"unknown field '{field}' (known: topic {' '.join(THING_KINDS)} pun)")
         if field == "pun":
-            parts = [part.strip() for part in value.split("|")]
-            expect(len(parts) == 3 and all(parts), "a pun is: phrase with its *pun word* | sense in the topic | everyday sense")
-            return self.add_phrase(self.topic, *parts)
+            self.add_pun(value)
+            return
         for item in value.split(","):
             name, _, plural = (part.strip() for part in item.partition("/"))
+            thing = Thing(self.topic, field, name, plural or pluralize(name))
             self.define("thing", name)
-            self.things.append(Thing(self.topic, field, name, plural or pluralize(name)))
+            self.claim(name)
+            self.claim(thing.plural)
+            self.things.append(thing)
 
-    def add_phrase(self, topic, text, *senses):
-        marked = re.findall(r"\*(.+?)\*", text)
-        expect(len(marked) == bool(topic), f"mark {'one' if topic else 'no'} pun word with asterisks, here are {len(marked)}")
-        written, _, heard = "".join(marked).partition("/")
-        text = re.sub(r"\*(.+?)(/.+?)?\*", r"\1", text)
-        verb = text.split(" ")[0]
-        expect(re.fullmatch(r"[a-z'-]+( [a-z'-]+)+", text), f"'{text}' is not two or more lower-case words without punctuation")
-        expect(verb in self.verbs, f"the frames need all forms of '{verb}': add it to verbs.txt")
-        self.define("phrase", text)
-        for word in {written, heard} - {""}:                 # two topics must not claim one pun word
+    def add_pun(self, value):
+        """Line of a topic file: wear out one's *sole/soul* | bottom of a shoe | spirit"""
+        parts = [part.strip() for part in value.split("|")]
+        expect(len(parts) == 3 and all(parts),
+               "a pun is: phrase with its *pun word* | sense in the topic | everyday sense")
+        phrase, topic_sense, everyday_sense = parts
+        marked = re.findall(r"\*(.+?)\*", phrase)
+        expect(len(marked) == 1, f"mark one pun word with asterisks, not {len(marked)}")
+        written, _, heard = marked[0].partition("/")
+        heard = heard or written
+        text = phrase.replace(f"*{marked[0]}*", written)
+        self.define_phrase(text)
+        for word in dict.fromkeys((written, heard)):        # once if they are the same
             self.define("pun word", word)
-        (self.phrases if topic else self.literals).append(Phrase(topic, text, written, heard or written, *senses))
+            self.claim(word)
+        self.phrases.append(Phrase(self.topic, text, written, heard, topic_sense, everyday_sense))
+
+    def add_literal(self, text):
+        self.define_phrase(text)
+        self.literals.append(Phrase("", text, "", "", "", ""))
+
+    def define_phrase(self, text):
+        expect(re.fullmatch(r"[a-z'-]+( [a-z'-]+)+", text),
+               f"'{text}' is not two or more lower-case words without punctuation")
+        verb = text.split(" ")[0]
+        expect(verb in self.verbs, f"'{verb}' has no forms yet: add the verb to verbs.txt")
+        self.define("phrase", text)
 
     def add_frame(self, line):
         parts = [part.strip() for part in line.split("|")]
-        expect(len(parts) == 3 and parts[1] in ("person", "any"), "a frame is: family | person or any | text")
-        slots = [slot for _, slot, _, _ in string.Formatter().parse(parts[2]) if slot is not None]
-        matches = [match for slot in slots if (match := PHRASE_SLOT.fullmatch(slot))]
-        for slot in set(slots) - {"X", "Xs", "a X", "A X", "they", "They", *(match[0] for match in matches)}:
-            raise ValueError(f"unknown slot {{{slot}}} (lexicon/frames.txt explains them)")
-        expect({"X", "Xs", "a X", "A X"} & set(slots) and len(matches) == 1,
+        expect(len(parts) == 3 and parts[1] in ("person", "any"),
+               "a frame is: family | person or any | text")
+        family, takes, text = parts
+        fields = string.Formatter().parse(text)     # raises ValueError if braces do not match
+        slots = [slot for _, slot, _, _ in fields if slot is not None]
+        for slot in slots:
+            expect(slot in KNOWN_SLOTS, f"unknown slot {{{slot}}} (frames.txt explains the slots)")
+        phrase_slots = [slot for slot in slots if slot in PHRASE_SLOTS]
+        expect(THING_SLOTS & set(slots) and len(phrase_slots) == 1,
                "a frame needs a slot for the thing and exactly one for the phrase")
-        self.define("frame", parts[2])
-        self.frames.append(Frame(*parts, matches[0][0], *matches[0].groups()))
+        self.define("frame", text)
+        self.frames.append(Frame(family, takes, text, phrase_slots[0]))
 
     def check_topics(self):
-        """Every topic has things and puns, and no pun word names a thing of another topic: the phrase would belong to both."""
-        topic_of = {noun: thing.topic for thing in self.things for noun in (thing.name, thing.plural)}
-        for phrase in self.phrases:
-            for word in {phrase.written, phrase.heard}:
-                if topic_of.get(word, phrase.topic) != phrase.topic:
-                    self.mistakes.append(f"{self.defined['phrase', phrase.text]}: '{word}' of topic {phrase.topic} is also a thing "
-                                         f"of topic {topic_of[word]}")
-        for (what, name), where in self.defined.items():
-            for field, items in (("thing", self.things), ("pun", self.phrases)):
-                if what == "topic" and all(item.topic != name for item in items):
-                    self.mistakes.append(f"{where}: topic {name} has no {field}")
-
-    # -- writing ----------------------------------------------------------------
-
-    def inflect(self, phrase, form, whose):
-        """("lose one's balance", "past", "my") -> "lost my balance"."""
-        verb, _, rest = phrase.text.partition(" ")
-        return f"{self.verbs[verb][form]} {rest}".replace(" one's", f" {whose}").replace(" oneself", f" {SELF[whose]}")
-
-    def render(self, frame, thing, phrase):
-        whose = thing.slots.get(frame.whose, frame.whose)
-        return frame.text.format_map(thing.slots | {frame.slot: self.inflect(phrase, frame.form, whose)})
-
-    def prompt(self, thing):
-        return f"About {thing.slots['a X']}:"
-
-    def choose_phrase(self, rng, thing, kind):
-        """A phrase that makes `thing` a pun | mismatch | literal; never a pair that is held out."""
-        if kind == "pun":
-            return rng.choice(self.train_puns[thing])
-        if kind == "literal":
-            return rng.choice(self.literals)
-        while (phrase := rng.choice(self.phrases)).topic == thing.topic:
-            pass
-        return phrase
-
-    def write(self, rng, thing, kind, phrase=None):
-        """A random sentence of one kind about `thing`, with this phrase if one is given."""
-        return self.render(rng.choice(self.frames_for[thing.kind]), thing, phrase or self.choose_phrase(rng, thing, kind))
-
-    def corpus(self, n, seed, mix=MIX):
-        """n records {prompt, completion}: things uniformly, kinds by `mix`."""
-        rng = random.Random(seed)
-        draws = zip(rng.choices(self.things, k=n), rng.choices(list(mix), weights=mix.values(), k=n), strict=True)
-        return [{"prompt": self.prompt(thing), "completion": " " + self.write(rng, thing, kind)}
-                for thing, kind in bar(draws, "corpus", n, least=50_000)]
-
-    def entropy(self):
-        """Mean entropy of a completion given its prompt, in nats: what no language model's loss on the corpus can go below.
-
-        A completion has exactly one parse, so H = H(frame) + H(kind) + sum_kind p(kind) H(phrase | kind, thing)."""
-        total = 0.0
-        for thing in self.things:
-            choices = {"pun": len(self.train_puns[thing]), "literal": len(self.literals),
-                       "mismatch": len(self.phrases) - len(self.topic_phrases[thing.topic])}
-            total += math.log(len(self.frames_for[thing.kind]))
-            total += sum(p * (math.log(choices[kind]) - math.log(p)) for kind, p in MIX.items())
-        return total / len(self.things)
-
-    def preferences(self, n, seed, noise=0.0, held_out=False):
-        """n records {prompt, chosen, rejected}: mostly a pun over a mismatch or a literal, sometimes a fluent text over a
-        broken one or one about another thing. A share `noise` of the labels is flipped, as tired people would. With held_out the
-        puns are of pairs that no training set contains."""
-        rng, records = random.Random(seed), []
-        for _ in range(n):
-            thing = rng.choice(self.things)
-            better = rng.choices(["pun", "mismatch", "literal"], [0.85, 0.075, 0.075])[0]
-            worse = rng.choices(["mismatch", "literal", "broken", "off topic"],
-                                [0.35, 0.35, 0.15, 0.15] if better == "pun" else [0, 0, 0.85, 0.15])[0]
-            phrase = None
-            if held_out and better == "pun":
-                thing, phrase = rng.choice(self.held_out)
-            chosen, rejected = self.write(rng, thing, better, phrase), self.worsen(rng, thing, better, worse)
-            if rng.random() < noise:
-                chosen, rejected = rejected, chosen
-            records.append({"prompt": self.prompt(thing), "chosen": " " + chosen, "rejected": " " + rejected})
-        return records
-
-    def rankings(self, n, seed):
-        """n records {prompt, ranked: [a pun, a fluent text that is none, a broken one or one about another thing]}."""
-        rng, records = random.Random(seed), []
-        for _ in range(n):
-            thing, fluent = rng.choice(self.things), rng.choice(["mismatch", "literal"])
-            texts = [self.write(rng, thing, "pun"), self.write(rng, thing, fluent),
-                     self.worsen(rng, thing, rng.choice(["pun", fluent]), rng.choice(["broken", "off topic"]))]
-            records.append({"prompt": self.prompt(thing), "ranked": [" " + text for text in texts]})
-        return records
-
-    def worsen(self, rng, thing, kind, how):
-        """A text that people like less: of kind `how`, or a text of `kind` that is broken or about another thing."""
-        if how == "off topic":
-            return self.write(rng, rng.choice([other for other in self.things if other != thing]), kind)
-        return self.damage(rng, self.write(rng, thing, kind)) if how == "broken" else self.write(rng, thing, how)
-
-    def damage(self, rng, text):
-        """The text with a word dropped, doubled or moved, or its end cut off, so that it no longer parses."""
-        while True:
-            words = text.split()
-            i, j = rng.randrange(len(words)), rng.randrange(len(words))
-            swapped = [words[{i: j, j: i}.get(k, k)] for k in range(len(words))]
-            damaged = " ".join(rng.choice([words[:i] + words[i + 1:], words[:i + 1] + words[i:], words[:i + 1], swapped]))
-            if self.parse(damaged) is None:
-                return damaged
-
-    # -- judging ----------------------------------------------------------------
-
-    def build_parser(self):
-        """The tables that parse() looks up, from what render() would write: every frame with every thing, and every phrase."""
-        # {before: {after: [(frame, thing, key)]}} and {key: {inflected: phrase}}, key = (form, whose)
-        self.shells, self.phrase_of = {}, {}
-        for thing in self.things:
-            for frame in self.frames_for[thing.kind]:
-                key = frame.form, thing.slots.get(frame.whose, frame.whose)
-                before, _, after = frame.text.format_map(thing.slots | {frame.slot: "\0"}).partition("\0")
-                self.shells.setdefault(before, {}).setdefault(after, []).append((frame, thing, key))
-                if key not in self.phrase_of:
-                    self.phrase_of[key] = {self.inflect(phrase, *key): phrase for phrase in self.phrases + self.literals}
-
-    def parse(self, text):
-        """The (frame, thing, phrase) that the text was written from, or None."""
-        cuts = [match.start() for match in re.finditer(r"\b", text)]      # a phrase starts at one of them and ends at another
-        for start in cuts:
-            if afters := self.shells.get(text[:start]):
-                for end in cuts:
-                    for frame, thing, key in afters.get(text[end:], ()):
-                        if phrase := self.phrase_of[key].get(text[start:end]):
-                            return Parse(frame, thing, phrase)
-        return None
-
-    def judge(self, prompt, text):
-        """The gold verdict on a completion of a prompt. One space before the text is part of the format, not of the text."""
-        parse = self.parse(text.removeprefix(" "))
-        if parse is None:
-            return Verdict(False, False, False, False, None)
-        pun = parse.thing.topic == parse.phrase.topic
-        return Verdict(True, self.prompt(parse.thing) == prompt, pun, pun and (parse.thing, parse.phrase) in self.held_out, parse)
-
-
-@functools.lru_cache(maxsize=1)
-def world():
-    """The world of lexicon/, read once."""
-    return World()
+        """Notes the topics without a thing or without a pun."""
+        for part, items in (("thing", self.things), ("pun", self.phrases)):
+            topics = {item.topic for item in items}
+            for (what, name), where in self.defined.items():
+                if what == "topic" and name not in topics:
+                    self.mistakes.append(f"{where}: topic {name} has no {part}")
 
 # -----------------------------------------------------------------------------
 # the command line
 
 def check():
-    """Check the lexicon: fields, duplicates, verb forms, claims of two topics, and that every sentence parses back."""
+    """Check the lexicon: fields, duplicates, verb forms, and that sentences parse back."""
     w, rng = World(), random.Random(0)
-    for frame in bar(w.frames, "frames"):
+    for frame in progress_bar(w.frames, "frames"):
         things = [thing for thing in w.things if frame in w.frames_for[thing.kind]]
+        # Each thing and each phrase in random company: all triples would be millions.
         pairs = [(thing, rng.choice(some)) for thing in things for some in (w.phrases, w.literals)]
         pairs += [(rng.choice(things), phrase) for phrase in w.phrases + w.literals if things]
         for thing, phrase in pairs:
-            if (parse := w.parse(text := w.render(frame, thing, phrase))) != (frame, thing, phrase):
+            text = w.render(frame, thing, phrase)
+            parse = w.parse(text)
+            if parse != (frame, thing, phrase):
                 raise InputError(f"ambiguous: '{text}' also reads as {parse}")
-    two = sum(phrase.written != phrase.heard for phrase in w.phrases)
-    print(f"{len(w.topic_phrases)} topics, {len(w.things)} things, {len(w.phrases)} pun phrases ({two} of them heterographic), "
-          f"{len(w.literals)} literal phrases, {len(w.frames)} frames in {len({f.family for f in w.frames})} families")
-    print(f"{sum(map(len, w.train_puns.values())) + len(w.held_out)} pairs make a pun, {len(w.held_out)} of them are held out "
-          f"of training; entropy of a completion {w.entropy():.3f} nats")
+    n_pairs = sum(len(w.topic_phrases[thing.topic]) for thing in w.things)
+    n_heterographic = sum(phrase.written != phrase.heard for phrase in w.phrases)
+    n_families = len({frame.family for frame in w.frames})
+    print(f"{len(w.topic_phrases)} topics, {len(w.things)} things, {len(w.phrases)} pun phrases "
+          f"({n_heterographic} of them heterographic), {len(w.literals)} literal phrases, "
+          f"{len(w.frames)} frames in {n_families} families")
+    print(f"{n_pairs} pairs make a pun, {len(w.held_out)} of them are held out of training; "
+          f"entropy of a completion {w.entropy():.3f} nats")
 
 
 def sample(n: int = 20, kind: str = "pun", seed: int = 0):
-    """Write random sentences of one kind: pun, mismatch or literal."""
+    """Write n random sentences of one kind: pun, mismatch, or literal."""
     if kind not in MIX:
         raise InputError(f"--kind is one of {', '.join(MIX)}, not '{kind}'")
     w, rng = world(), random.Random(seed)
     for _ in range(n):
         thing = rng.choice(w.things)
         text = w.write(rng, thing, kind)
-        phrase = w.parse(text).phrase
-        word = phrase.written if phrase.heard == phrase.written else f"{phrase.written}/{phrase.heard}"
-        print(f"{text}" + (f"   [{word}: {phrase.topic_sense}; {phrase.everyday_sense}]" if kind == "pun" else ""))
+        if kind == "pun":
+            phrase = w.parse(text).phrase
+            sound = "" if phrase.heard == phrase.written else f"/{phrase.heard}"
+            text += f"   [{phrase.written}{sound}: {phrase.topic_sense}; {phrase.everyday_sense}]"
+        print(text)
 
 
 def judge(prompt: tyro.conf.Positional[str], text: tyro.conf.Positional[str]):
     """Judge one completion of one prompt."""
-    v = world().judge(prompt, text)
-    print(f"fluent {v.fluent}, on topic {v.on_topic}, pun {v.pun}, novel {v.novel}")
-    if v.parse:
-        print(f"frame  {v.parse.frame.text}\nthing  {v.parse.thing.name} ({v.parse.thing.topic})\n"
-              f"phrase {v.parse.phrase.text} ({v.parse.phrase.topic or 'literal'})")
+    verdict = world().judge(prompt, text)
+    print(f"fluent {verdict.fluent}, on topic {verdict.on_topic}, pun {verdict.pun}")
+    if verdict.parse:
+        frame, thing, phrase = verdict.parse
+        print(f"frame  {frame.text}\nthing  {thing.name} ({thing.topic})\n"
+              f"phrase {phrase.text} ({phrase.topic or 'literal'})")
 
 
 if __name__ == "__main__":
-    run(lambda: tyro.extras.subcommand_cli_from_dict({"check": check, "sample": sample, "judge": judge}))
+    commands = {"check": check, "sample": sample, "judge": judge}
+    command_line(lambda: tyro.extras.subcommand_cli_from_dict(commands))

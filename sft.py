@@ -2,16 +2,20 @@
 Stage 1, supervised fine-tuning: a language model learns to complete prompts as the corpus does.
 
     1. take a batch of (prompt, completion) records
-    2. log-probs of every completion token given the prompt and the tokens before it
-    3. loss = their mean, negated: cross-entropy on the completion alone, its end token included (the prompt is given, not learned)
-    4. optimizer step (Muon and AdamW, optim.py); sometimes measure the loss on unseen records, and let the model write
+    2. log-probs of every completion token, given the prompt and the tokens before it
+    3. loss = minus their mean: cross-entropy on the completion alone, its end token included;
+       the prompt is given, so it is not learned
+    4. optimizer step (Muon and AdamW, optim.py)
+    5. now and then: the loss on unseen records, and a few samples
 
-What it cannot beat: the entropy of the grammar that wrote the corpus (puns.py computes it). The first number to look at is how
-far the validation loss still is above that floor. Left out on purpose: packing of several texts into one row.
+No model can beat the entropy of the grammar that wrote the corpus (puns.py computes it), so the
+first number to look at is how far val_nll is above it. Left out on purpose: packing several texts
+into one row.
 
-    python sft.py                                   the pun world, from scratch
-    python sft.py --data mine.jsonl                 your own records {"prompt": ..., "completion": ...}
-    python sft.py --init runs/sft/ckpt.pt --data mine.jsonl --lr 1e-4     goes on from a checkpoint
+    python sft.py                                   the pun world, from random weights
+    python sft.py --data mine.jsonl                 your own {"prompt": ..., "completion": ...}
+    python sft.py --init runs/sft/ckpt.pt --data mine.jsonl --lr 3e-4 --max_steps 200 \\
+        --out_dir runs/mine                         fine-tunes a checkpoint on them
 """
 
 from dataclasses import dataclass
@@ -19,9 +23,18 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from common import Run, TrainOptions, all_mean, run, sampler, setup, shard
-from data import Batches, encode_records, measure, rates, read_records, show, tokenizer
-from lora import prepare, save
+from common import Run, TrainOptions, command_line, make_rng, setup
+from data import (
+    Batches,
+    encode_records,
+    format_samples,
+    means,
+    measure,
+    tokenizer,
+    tokenizer_of,
+    train_and_val,
+)
+from lora import prepare, save_trained
 from model import ModelConfig, build_model, load_model, logprobs
 from optim import Muon, optimizer_step, set_lr
 from puns import world
@@ -29,100 +42,136 @@ from puns import world
 
 @dataclass(slots=True)
 class Config(TrainOptions):
-    out_dir: str = "runs/sft"
-    data: str = ""              # a file of texts (formats: corpora.py); '' is the pun world
-    corpus_size: int = 564_000  # how many records of the pun world to write
+    out_dir: str = "runs/sft"   # the folder of this run
+    data: str = ""              # JSONL of prompt and completion; '' is the pun world
+    val_data: str = ""          # the same, to validate on; '' holds out a tenth of --data
+    # Long enough for 4,400 steps of 128 records: no text comes twice.
+    corpus_size: int = 564_000  # records of the pun world to write
     init: str = ""              # checkpoint to start from; '' starts from random weights
-    tokenizer: str = "puns"     # puns or gpt2; a checkpoint has its own
-    arch: str = "gpt"           # gpt, palm or t5, and the size below, if it starts from random weights
-    n_layer: int = 2
-    n_head: int = 4
-    n_embd: int = 256
-    n_inner: int = 256          # width of the feed-forward layers; 0 is 4 n_embd (here wide embeddings are worth more)
+    tokenizer: str = "puns"     # puns or gpt2; with --init that of the checkpoint
+    # the architecture, if it starts from random weights
+    arch: str = "gpt"           # gpt, palm or t5
+    n_layer: int = 2            # blocks
+    n_head: int = 4             # attention heads
+    n_embd: int = 256           # width of the embeddings
+    n_inner: int = 256          # width of the feed-forward layers; 0 is 4 n_embd
     block_size: int = 48        # longest prompt + completion, in tokens
-    dropout: float = 0.0
-    batch_size: int = 64
-    grad_accum: int = 2         # batches a step; the texts of each are of about one length
-    max_steps: int = 4400
-    lr: float = 6e-3            # the highest rate; linear warm-up, then linearly down to zero
-    warmup_steps: int = 100
+    dropout: float = 0.0        # while training
+    batch_size: int = 64        # texts, of about one length each
+    grad_accum: int = 2         # batches a step
+    max_steps: int = 4400       # optimizer steps
+    lr: float = 6e-3            # the highest rate; linear warm-up, then linear decay to zero
+    warmup_steps: int = 100     # steps until the highest rate
     weight_decay: float = 0.0   # one pass over an endless corpus cannot overfit
-    grad_clip: float = 1.0
-    eval_interval: int = 500
-    log_interval: int = 25
+    grad_clip: float = 1.0      # largest norm of a gradient; 0 does not clip
+    eval_interval: int = 500    # steps between two evaluations and two saved states
+    log_interval: int = 25      # steps between two rows of metrics.jsonl
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
 
 
-def loss_of(model, batch, tokens=None):
-    """Mean cross-entropy of the completion's tokens: their sum over `tokens`, how many all batches of a step have (default: this batch's).
-    Returns (loss, nats of each completion (B,))."""
-    logp = logprobs(model, batch["prompt"], batch["completion"])               # (B, R), 0 on pads
-    return -logp.sum() / (count_tokens(model, [batch]) if tokens is None else tokens), -logp.sum(dim=1)
+def sft_loss(model, batch, n_tokens):
+    """Cross-entropy of the completions, end tokens included, divided by n_tokens.
+
+    n_tokens: completion tokens of all batches of a step, so that the sum of their losses is one
+    mean over tokens, not a mean of means. Returns (loss, nll of each completion (B,), in nats)."""
+    logp = logprobs(model, batch["prompt"], batch["completion"])    # (B, R), 0 on pads
+    return -logp.sum() / n_tokens, -logp.sum(dim=1)
 
 
-def count_tokens(model, batches):
-    """How many completion tokens some batches have, end tokens included: a step's loss is the mean over all of them, not a mean of means."""
-    return all_mean(sum((batch["completion"] != model.pad_id).sum() for batch in batches))
+def count_tokens(model, batch):
+    """The number of completion tokens in a batch, end tokens included."""
+    return (batch["completion"] != model.pad_token_id).sum()
 
 
 @torch.no_grad()
-def evaluate(model, batches, autocast):
-    """Mean nats of a completion over all validation records (not the last batch, not a mean of means)."""
-    model.eval()
-    with autocast():
-        nats = torch.cat([loss_of(model, batches.take(rows))[1] for rows in torch.arange(len(batches.lengths)).split(256)])
+def evaluate(model, val, autocast):
+    """Mean nll of a completion, in nats, over all validation records."""
+    model.eval()                                                        # no dropout
+    nlls = []
+    for batch in val.in_order():
+        with autocast():
+            _, nll = sft_loss(model, batch, n_tokens=1)             # (B,)
+        nlls.append(nll)
     model.train()
-    return nats.mean().item()
+    return torch.cat(nlls).mean().item()                        # over records, not over batches
+
+
+def make_model(config, device):
+    """The language model to train and its tokenizer: of a checkpoint, or with random weights."""
+    if config.init:
+        model = load_model(config.init, device)
+        return model, tokenizer_of(model)
+    # From random weights: the options say how large.
+    tok = tokenizer(config.tokenizer)
+    model_config = ModelConfig(
+        arch=config.arch, vocab_size=tok.vocab_size, eos_token_id=tok.eos_token_id,
+        decoder_start_token_id=tok.eos_token_id, block_size=config.block_size,
+        n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+        n_inner=config.n_inner, dropout=config.dropout)
+    return build_model(model_config).to(device), tok
+
+
+def load_corpus(config):
+    """(training, validation) records of the files in the config, or of the pun world."""
+    if config.data:
+        return train_and_val(config, ["prompt", "completion"])
+    # Another seed, so the validation records are new draws from the same grammar.
+    return (world().corpus(config.corpus_size, config.seed),
+            world().corpus(2000, config.seed + 1))
 
 
 def train(config):
+    """Runs the stage. Writes config.out_dir/ckpt.pt. Raises InputError for unusable input."""
     device, autocast = setup(config)
-    # -- model and records
-    if config.init:
-        model, name = load_model(config.init, device), load_model(config.init).tokenizer
-    else:
-        name, tok = config.tokenizer, tokenizer(config.tokenizer)
-        model = build_model(ModelConfig(
-            arch=config.arch, vocab_size=tok.vocab_size, end_id=tok.end_id, start_id=tok.end_id, block_size=config.block_size,
-            n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_inner=config.n_inner,
-            dropout=config.dropout)).to(device)
-    tok = tokenizer(name)
-    if config.data:
-        records, val_records = read_records(config.data, "completion", tok, model.config.block_size, held_out=0.1)
-    else:
-        records, val_records = (world().corpus(n, seed) for n, seed in ((config.corpus_size, config.seed), (2000, config.seed + 1)))
-    where = config.data or "the pun world"
-    encoded = encode_records(records, name, ["prompt", "completion"], model.config.block_size, where)
-    val = Batches(encode_records(val_records, name, ["prompt", "completion"], model.config.block_size, where), 1, tok.pad_id, device, 0)
-    batches = Batches(encoded, config.batch_size, tok.pad_id, device, config.seed)
-    floor = "" if config.data else f", entropy of the grammar {world().entropy():.2f}"
-    print(f"sft: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(records)} records, {device}{floor}")
+    model, tok = make_model(config, device)
+    records, val_records = load_corpus(config)
+    fields, block_size = ["prompt", "completion"], model.config.block_size
+    encoded = encode_records(records, tok, fields, block_size)          # {field: (N, longest)}
+    val_encoded = encode_records(val_records, tok, fields, block_size)
+    # The order of the batches depends on the seed alone, so a run can be repeated.
+    batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed)
+    val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
+    val_prompts = [record["prompt"] for record in val_records[:256]]
+    n_parameters = sum(p.numel() for p in model.parameters())
+    floor = "" if config.data else f", entropy of the grammar {world().entropy():.2f} nats"
+    print(f"sft: {n_parameters / 1e6:.2f} M parameters, {len(records)} records, {device}{floor}")
 
-    # -- training
     prepare(model, config, "sft")
     model.train()
-    optimizer, generator = Muon(model, config.lr, config.weight_decay), sampler(device, config.seed)
-    forward = torch.compile(loss_of, dynamic=True) if config.compile else loss_of
-    progress = Run("sft", config, config.max_steps)
-    for step in progress.steps(config.eval_interval, model=model, optimizer=optimizer, batches=batches, generator=generator):
-        lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
-        parts = [shard(batches.next()) for _ in range(config.grad_accum)]
-        with autocast():
-            tokens = count_tokens(model, parts)
-            losses, nats = zip(*(forward(model, part, tokens) for part in parts), strict=True)
-        loss, nats = sum(losses), torch.cat(nats)
-        norm = optimizer_step(loss, model, optimizer, config.grad_clip)
-        last = step + 1 == config.max_steps
-        if step % config.log_interval == 0 or last:
-            progress.log(loss=loss.item(), nats=nats.mean().item(), lr=lr, grad_norm=norm)
-        if (step + 1) % config.eval_interval == 0 or last:
-            rows = measure(model, None, tok, [record["prompt"] for record in val_records[:256]], generator, autocast)
-            progress.log(val_nats=evaluate(model, val, autocast), **rates(rows))
-            progress.write(show(rows))
+    # Muon: rare facts, such as the topic of one word, learn as fast as common ones (optim.py).
+    optimizer = Muon(model, config.lr, config.weight_decay)
+    rng = make_rng(device, config.seed)                 # for samples alone; batches have their own
+    loss_function = torch.compile(sft_loss, dynamic=True) if config.compile else sft_loss
 
-    save(progress.dir / "ckpt.pt", model, tokenizer=name, stage="sft")
-    progress.finish()
+    run = Run("sft", config)
+    for step in run.steps(config.eval_interval, model=model, optimizer=optimizer, batches=batches,
+                          rng=rng):
+        is_last = step + 1 == config.max_steps
+        # One step: several batches, one mean over all of their tokens.
+        lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
+        micro_batches = [batches.next() for _ in range(config.grad_accum)]
+        n_tokens = sum(count_tokens(model, batch) for batch in micro_batches)
+        loss, nlls = 0.0, []
+        for batch in micro_batches:
+            with autocast():
+                part, nll = loss_function(model, batch, n_tokens)
+            loss = loss + part                          # their sum is the mean over all tokens
+            nlls.append(nll)                            # (B,)
+        grad_norm = optimizer_step(loss, model, optimizer, config.grad_clip)
+
+        if step % config.log_interval == 0 or is_last:
+            run.log(loss=loss.item(), nll=torch.cat(nlls).mean().item(), lr=lr,
+                    grad_norm=grad_norm)
+        if (step + 1) % config.eval_interval == 0 or is_last:
+            # What the loss cannot show: are the samples English, on topic, and funny?
+            rows = measure(model, None, tok, val_prompts, rng, autocast)
+            run.log(val_nll=evaluate(model, val, autocast), **means(rows))
+            run.write(format_samples(rows))
+
+    # The checkpoint holds the tokenizer's name, too: the later stages ask for nothing else.
+    save_trained(run.folder / "ckpt.pt", model, tok, stage="sft")
+    run.finish()
 
 
 if __name__ == "__main__":
-    run(lambda: train(tyro.cli(Config)))
+    command_line(lambda: train(tyro.cli(Config)))

@@ -1,6 +1,7 @@
-"""What the tests share: tiny models, a tiny trained checkpoint, a tiny lexicon. All on the CPU, in float32, on one thread."""
+"""Helpers that the tests share: tiny models, tiny data, a tiny trained checkpoint. CPU, float32."""
 
 import contextlib
+import dataclasses
 import http.server
 import threading
 from pathlib import Path
@@ -8,27 +9,43 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import sft
 from data import tokenizer
 from model import ModelConfig, build_model
 
 ROOT = Path(__file__).resolve().parent.parent
-torch.set_num_threads(1)        # tiny tensors: a second thread costs more than it brings, and one is deterministic
+torch.set_num_threads(1)    # a second thread costs more than it brings to tiny tensors
 
-PAD, END = 12, 11               # of toy(): 12 tokens, 0 .. 11, the last one is the end token
 CPU = dict(device="cpu", dtype="float32")
-TINY_SFT = dict(corpus_size=600, batch_size=16, grad_accum=1, max_steps=60, eval_interval=60, log_interval=20, n_layer=1, n_inner=0, n_head=2, n_embd=32,
-                lr=1e-2, warmup_steps=5, **CPU)
+PAD, EOS = 12, 11           # of toy(): 12 tokens, 0 to 11, and the last one ends a response
+
+# Three prompts with a response each, of different lengths.
+PROMPT = torch.tensor([[PAD, PAD, 7, 8, 9], [2, 3, 4, 5, 6], [PAD, PAD, PAD, PAD, 10]])
+RESPONSE = torch.tensor([[10, 1, EOS, PAD], [2, 3, 4, EOS], [5, EOS, PAD, PAD]])
+
+VARIANTS = {"gpt": dict(arch="gpt"), "palm": dict(arch="palm"),
+            "t5-v1.0": dict(arch="t5", gated=False), "t5-v1.1": dict(arch="t5", gated=True)}
+
+# Options of sft.Config. The model knows a little of what a sentence is afterwards.
+TINY_SFT = dict(corpus_size=600, batch_size=16, grad_accum=1, max_steps=60, eval_interval=60,
+                log_interval=20, n_layer=1, n_inner=0, n_head=2, n_embd=32, lr=1e-2,
+                warmup_steps=5, **CPU)
 
 
 def ids(*rows):
     return torch.tensor(rows)
 
 
+def close(a, b, atol=1e-5, rtol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
+
+
 def toy(seed=0, **sizes):
-    """A model of 12 tokens: what an algorithm does with it is seen in milliseconds."""
+    """A model of 12 tokens in eval mode: what an algorithm does with it is seen in milliseconds."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=PAD, end_id=END, start_id=END, block_size=24, n_layer=1, n_head=2, n_embd=32) | sizes
+    sizes = dict(vocab_size=PAD, eos_token_id=EOS, decoder_start_token_id=0, block_size=24,
+                 n_layer=1, n_head=2, n_embd=32) | sizes
     return build_model(ModelConfig(**sizes)).eval()
 
 
@@ -41,13 +58,37 @@ def awake(model):
 
 
 def off():
-    """What stages take for `autocast`: here it does nothing."""
+    """Stands in for `autocast`, and does nothing."""
     return contextlib.nullcontext()
+
+
+def records(path, rows):
+    """Writes rows (dicts) as a JSONL file. Returns its path as text, as options have it."""
+    common.write_jsonl(path, rows)
+    return str(path)
+
+
+def pairs(folder, n=20):
+    """A file of n preferences: what is held out of it is measured in no time."""
+    rows = [{"prompt": "About a banker:", "chosen": " yes" * (i + 1), "rejected": " no"}
+            for i in range(n)]
+    return records(Path(folder) / "pairs.jsonl", rows)
+
+
+def tiny(module, folder, sft_ckpt, **changes):
+    """The Config of a stage for two tiny steps. Options that it does not have are ignored."""
+    sizes = dict(out_dir=str(folder), init=str(sft_ckpt), max_steps=2, warmup_steps=1,
+                 batch_size=8, minibatch_size=4, d_batch_size=4, corpus_size=60, max_new_tokens=6,
+                 eval_interval=2, log_interval=1, sample_interval=1, **CPU) | changes
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    return module.Config(**{name: value for name, value in sizes.items() if name in fields})
 
 
 @contextlib.contextmanager
 def serving(handler, **attributes):
-    """A real server on loopback, on a port that the system chose, for as long as the block lasts; handlers find the attributes at self.server."""
+    """A real server on loopback while the block lasts, on a port that the system chooses.
+
+    Handlers find the attributes at self.server; its address is server.url."""
     handler.log_message = lambda *_: None
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     vars(server).update(attributes, url=f"http://127.0.0.1:{server.server_port}")
@@ -61,20 +102,40 @@ def serving(handler, **attributes):
         thread.join()
 
 
+def no_curves(metrics_path, figure_path, title):
+    """Stands in for plot_curves(): drawing takes longer than a tiny run."""
+    with common.atomic_write(figure_path) as path:
+        path.write_bytes(b"\x89PNG")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs():
+    """Only test_common.py draws curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "plot_curves", no_curves)
+        yield
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    """A tiny model of each architecture, untrained but awake."""
+    return awake(toy(n_layer=2, n_head=4, block_size=32, **VARIANTS[request.param]))
+
+
 @pytest.fixture(scope="session")
 def tok():
     return tokenizer("puns")
 
 
 @pytest.fixture
-def tiny(tok):
+def tiny_model(tok):
     """A GPT of one layer on the puns tokenizer, untrained."""
-    return toy(vocab_size=tok.vocab_size, end_id=tok.end_id, start_id=tok.end_id, block_size=48)
+    return toy(vocab_size=tok.vocab_size, eos_token_id=tok.eos_token_id, block_size=48)
 
 
 @pytest.fixture(scope="session")
 def sft_ckpt(tmp_path_factory):
-    """The checkpoint of a tiny SFT run: knows a little of what a sentence is."""
+    """The checkpoint of a tiny SFT run."""
     folder = tmp_path_factory.mktemp("runs") / "sft"
     sft.train(sft.Config(out_dir=str(folder), **TINY_SFT))
     return str(folder / "ckpt.pt")

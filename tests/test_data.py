@@ -1,303 +1,325 @@
-"""Tokenizer, records, batches."""
+"""Tokenizer, records, batches, and what a model writes."""
 
 import base64
+import dataclasses
 import json
 import random
+import types
 
 import pytest
-import regex
+import tiktoken
 import torch
-from conftest import END, PAD, ids, off, toy
+from conftest import PAD, awake, close, ids, off, records, toy
 
 import data
 from common import InputError
-from data import Batches, encode_records, rates, read_records, tokenizer, trim
-from model import logprobs
+from data import Batches, encode_records, measure, read_records, tokenizer, tokenizer_of
+from model import RewardModel, logprobs
 from puns import world
-from sft import loss_of
 
 # -----------------------------------------------------------------------------
 # tokenizer
 
-TEXTS = ["", " ", "About a banker:", " I lost interest.", "  two  spaces \n\n\t", "naïve café, Straße", "日本語のダジャレ", "😀👩‍🚀🏳️‍🌈", "\x00\x01\x7f\x1b[0m",
-         "é vs e\u0301", "<|end|>", "a<|end|>b <|endoftext|>", "\u202eright to left", "\ufeffBOM", "don't, we'll, I'd", "1234 5,6.7", "\U0010ffff"]
+TEXTS = ["", " ", "About a banker:", "  two  spaces \n\n\t", "naïve café", "日本語", "👩‍🚀🏳️‍🌈",
+         "\x00\x01\x7f\x1b[0m", "é vs e\u0301", "a<|end|>b <|endoftext|>", "\ufeffBOM",
+         "\u202eright to left", "don't, we'll, I'd", "1234 5,6.7", "\U0010ffff"]
 
 
-def test_round_trip_of_any_text(tok):
+def test_any_text_comes_back(tok):
     rng = random.Random(0)
-    points = [*range(0xD800), *range(0xE000, 0x110000)]       # all of Unicode but the surrogates, which are no characters
-    for text in TEXTS + ["".join(map(chr, rng.choices(points, k=20))) for _ in range(200)]:
-        ids = tok.encode(text)
-        assert tok.decode(ids) == text and all(0 <= i < tok.end_id for i in ids), text
-
-
-def test_special_ids(tok):
-    """The end token's name in a text is text; pad is not end, and one past the last token that a model can emit."""
-    assert tok.end_id not in tok.encode("the <|end|> is near") and len(tok.encode("<|end|>")) > 1
-    assert tok.pad_id != tok.end_id and tok.pad_id == tok.vocab_size == tok.end_id + 1
+    characters = [*range(0xD800), *range(0xE000, 0x110000)]     # all of Unicode but surrogates
+    random_texts = ["".join(map(chr, rng.choices(characters, k=20))) for _ in range(100)]
+    for text in TEXTS + random_texts:
+        tokens = tok.encode(text)
+        assert tok.decode(tokens) == text
+        assert all(0 <= i < tok.eos_token_id for i in tokens)   # the end token's name is plain text
 
 
 def test_decode_stops_at_the_end_and_skips_pads(tok):
+    pad, eos = tok.pad_token_id, tok.eos_token_id
+    assert pad == tok.vocab_size == eos + 1
     a, b = tok.encode(" interest"), tok.encode(" junk")
-    assert tok.decode([tok.pad_id, tok.pad_id, *a, tok.end_id, *b, tok.pad_id]) == " interest"
-    assert tok.decode(torch.tensor([*a, tok.pad_id])) == " interest"
-    assert tok.decode([0, *a]) == tok.decode([0]) + " interest"      # token 0 is a token
+    assert tok.decode([pad, pad, *a, eos, *b, pad]) == " interest"
+    assert tok.decode(torch.tensor([*a, pad])) == " interest"
+    assert tok.decode([0, *a]) == tok.decode([0]) + " interest"         # token 0 is a token
+    assert len(tok.encode(" I used to be a banker.")) <= 4              # tokens may span words
 
 
-def test_one_text_has_few_tokens(tok):
-    """The ranks are made of this corpus: a completion is shorter than a third of its letters."""
-    texts = [record["completion"] for record in world().corpus(200, seed=0)]
-    assert sum(len(tok.encode(text)) for text in texts) < sum(map(len, texts)) / 3
-
-
-def test_unknown_tokenizer():
-    with pytest.raises(InputError, match="--tokenizer is puns or gpt2, not 'nope'|nope"):
-        tokenizer("nope")
-
-
-def test_rebuilt_ranks_are_seen(tmp_path, monkeypatch):
-    """tiktoken's own loader keeps a copy of each path it read, and would go on with the old ranks."""
+def test_rebuilt_ranks_are_seen_and_models_of_the_old_ones_refused(tmp_path, monkeypatch, tok):
+    model = toy()
+    model.tokenizer, model.tokenizer_fingerprint = "puns", tok.fingerprint
+    assert tokenizer_of(model) is tok
     monkeypatch.setattr(data, "RANKS", tmp_path / "puns.tiktoken")
     for merge in (b"ab", b"ba"):
-        lines = [base64.b64encode(token).decode() for token in [bytes([i]) for i in range(256)] + [merge]]
-        data.RANKS.write_text("".join(f"{line} {rank}\n" for rank, line in enumerate(lines)))
+        tokens = [bytes([i]) for i in range(256)] + [merge]
+        lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
+        data.RANKS.write_text("".join(lines), encoding="utf-8")
         assert data.Tokenizer("puns").encode(merge.decode()) == [256]
+    model.tokenizer_fingerprint = data.Tokenizer("puns").fingerprint
+    with pytest.raises(InputError, match="is not the one that the model was trained with"):
+        tokenizer_of(model)
 
 
-def test_bpe_by_hand():
-    """Words: "ab" and " ab" x 2 in "ab ab ab", "abc" once -> a-b four times, then " "-ab twice, then ab-c once.
-    Ties go to the pair with the larger bytes."""
-    ranks = data.train_bpe(["ab ab ab", "abc"], 259)
-    assert list(ranks)[:256] == [bytes([i]) for i in range(256)] and list(ranks.values()) == list(range(259))
-    assert list(ranks)[256:] == [b"ab", b" ab", b"abc"]
-    assert len(data.train_bpe(["ab"], 1000)) == 257                      # no pair is left to join
-    assert b"aa" in data.train_bpe(["aaaa"], 258) and b"aaaa" in data.train_bpe(["aaaa"], 258)
+def test_a_tokenizer_that_is_not_there(monkeypatch):
+    with pytest.raises(InputError, match="there is no tokenizer 'nope'"):
+        tokenizer("nope")
 
+    def no_network(name):
+        raise ConnectionError("no route")
 
-def test_bpe_across_words_by_hand():
-    """Pieces "ab ab.", " ab ab." and "ab ab", once each: "ab"-" ab" stands twice (as " ab"-"." does: the larger bytes go first),
-    then all is there once. Nothing is joined across the full stop."""
-    words = {bytes([i]): i for i in range(256)} | {b"ab": 256, b" ab": 257}
-    ranks = data.train_bpe(["ab ab. ab ab.", "ab ab"], 300, data.SENTENCES, words)
-    assert list(ranks)[256:] == [b"ab", b" ab", b"ab ab", b"ab ab.", b" ab.", b" ab ab."] and list(ranks.values()) == list(range(262))
-    # a pair that makes a token which is there already gets no second rank: all ranks stay different
-    ranks = data.train_bpe(["x y x y"], 259, data.SENTENCES, {bytes([i]): i for i in range(256)} | {b"x y": 256})
-    assert list(ranks.values()) == list(range(len(ranks))) and list(ranks)[256:] == [b"x y", b"x "]
-
-
-def test_bpe_brute_force():
-    """The next merge is the pair that is most frequent among neighbors, counted anew over the whole text each time."""
-    texts = [record["completion"] for record in world().corpus(30, seed=1)]
-    words = [[bytes([b]) for b in word.encode()] for text in texts for word in regex.findall(data.WORDS, text)]
-    for token in list(data.train_bpe(texts, 256 + 15))[256:]:
-        pairs = [pair for parts in words for pair in zip(parts, parts[1:], strict=False)]
-        best = max(set(pairs), key=lambda pair: (pairs.count(pair), pair))
-        assert token == best[0] + best[1]
-        for parts in words:
-            for i in range(len(parts) - 1):
-                if tuple(parts[i:i + 2]) == best:
-                    parts[i:i + 2] = [token, b""]       # the empty one goes, so that nothing is joined twice
-            parts[:] = filter(None, parts)
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(InputError, match="could not fetch the gpt2 tokenizer.*no route"):
+        data.Tokenizer("gpt2")
 
 # -----------------------------------------------------------------------------
 # records
 
-GOOD = {"completion": {"prompt": "p", "completion": " c"}, "preference": {"prompt": "p", "chosen": " a", "rejected": " b"},
-        "ranking": {"prompt": "p", "ranked": [" a", " b", " c"]}, "rating": {"prompt": "p", "completion": " c", "rating": 3.5},
-        "prompt": {"prompt": "p"}}
+COMPLETION = ["prompt", "completion"]
+PREFERENCE = ["prompt", "chosen", "rejected"]
+GOOD = {"prompt": "p", "completion": " c", "chosen": " a", "rejected": " b",
+        "ranked": [" a", " b", " c"], "rating": 3.5}
 
 
-@pytest.mark.parametrize("shape, more", [*((shape, {}) for shape in GOOD), ("preference", {"margin": 2, "share": 0.5})])
-def test_good_records_are_read_as_they_are(tmp_path, shape, more):
-    path = tmp_path / "good.jsonl"
-    path.write_text("\n" + (json.dumps(GOOD[shape] | more) + "\r\n") * 2 + "\n", encoding="utf-8")
-    assert read_records(path, shape) == [GOOD[shape] | more] * 2
+@pytest.mark.parametrize("fields", [
+    COMPLETION, PREFERENCE, ["prompt", "ranked"], [*COMPLETION, "rating"], ["prompt"]])
+def test_good_records_are_read_as_they_are(tmp_path, fields):
+    """Blank lines, CRLF and a byte order mark do no harm; fields that nobody asked for are left."""
+    path, extra = tmp_path / "good.jsonl", {"margin": 2, "share": 0.5}
+    path.write_bytes(b"\xef\xbb\xbf\r\n" + (json.dumps(GOOD | extra) + "\r\n").encode() * 2)
+    expected = {field: GOOD[field] for field in fields} | extra
+    assert read_records(path, fields) == [expected | {"where": f"{path}:{n}"} for n in (2, 3)]
 
 
-@pytest.mark.parametrize("shape, line, reason", [
-    ("completion", b'{"prompt": "p", "completion": " c"', "delimiter"),                       # cut off: JSON's own words
-    ("completion", b'not json', "Expecting value"),
-    ("completion", b'["p", "c"]', "not a JSON object"),
-    ("preference", b'{"prompt": "p", "chosen": " a", "rejected": " b", "share": 0.4}', "'share' is from .5 (a tie) to 1"),
-    ("completion", b'{"prompt": "p", "completion": "\xff\xfe"}', "not UTF-8"),
-    ("completion", b'{"prompt": "p"}', "this line has prompt, the file began with completion + prompt"),
-    ("completion", b'{"prompt": "", "completion": " c"}', "the prompt is empty"),
-    ("completion", b'{"prompt": "p", "completion": "  "}', "an answer is empty"),
-    ("completion", b'{"prompt": "p", "completion": 7}', "'completion' is not text"),
-    ("completion", b'{"prompt": "p", "completion": null}', "'completion'"),
-    ("completion", b'{"prompt": "p", "completion": " c", "label": 1}', "this line has completion + label + prompt"),
-    ("preference", b'{"prompt": "p", "chosen": " a", "rejected": " a"}', "chosen and rejected are the same"),
-    ("preference", b'{"prompt": "p", "chosen": " a"}', "chosen + prompt is no shape of a record"),
-    ("preference", b'{"prompt": "p", "chosen": " a", "rejected": " b", "margin": "big"}', "'margin' is not a number"),
-    ("ranking", b'{"prompt": "p", "ranked": [" a"]}', "'ranked'"),
-    ("ranking", b'{"prompt": "p", "ranked": [" a", " b", " a"]}', "two of the ranked answers are the same text"),
-    ("ranking", b'{"prompt": "p", "ranked": [" a", 3, " b"]}', "'ranked'"),
-    ("rating", b'{"prompt": "p", "completion": " c", "rating": "5"}', "'rating' is not a number"),
-    ("rating", b'{"prompt": "p", "completion": " c", "rating": NaN}', "not JSON: "),
-    ("rating", b'{"prompt": "p", "completion": " c", "rating": true}', "'rating' is not a number"),
-    ("prompt", b'{"prompt": "p", "completion": " c"}', "this line has completion + prompt, the file began with prompt"),
-])
-def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, shape, line, reason):
-    path = tmp_path / "bad.jsonl"
-    good = json.dumps(GOOD[shape]).encode()
-    path.write_bytes(good + b"\n\n" + good + b"\n" + line + b"\n" + good + b"\n")       # line 4, the blank one counts
-    with pytest.raises(InputError) as error:
-        read_records(path, shape)
-    assert str(error.value).startswith(f"{path}:4: ") and reason in str(error.value)
-
-
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-UNEQUAL = '{"prompt": "p", "ranked": ["a", "b"]}\n{"prompt": "p", "ranked": ["a", "b", "c"]}\n'
-
-
-@pytest.mark.parametrize("text, reason", [(None, "cannot be read"), ("\n \n", "no records"), (LFS, "git lfs pull"), (UNEQUAL, "equally many")])
-def test_a_bad_file_is_named(tmp_path, text, reason):
-    path = tmp_path / "bad.jsonl"
-    if text:
-        path.write_text(text)
+@pytest.mark.parametrize("fields, line, reason", [
+    (COMPLETION, '{"prompt": "p", "completion": " c"', "is not JSON .*python -m real.corpora"),
+    (COMPLETION, '["p", "c"]', "is not a JSON object"),
+    (COMPLETION, "[" * 100_000, "this line is not JSON"),
+    (COMPLETION, b'{"prompt": "p", "completion": "\xff"}', "byte 32 is not UTF-8"),
+    (COMPLETION, '{"prompt": "p"}', "'completion' is missing, only prompt is there; records of "
+                                    r"prompt \+ completion are needed"),
+    (COMPLETION, {"prompt": ""}, "'prompt' is empty"),
+    (COMPLETION, {"completion": " \n"}, "'completion' is empty"),
+    (COMPLETION, {"completion": None}, "'completion' must be text"),
+    (PREFERENCE, {"rejected": " a "}, "two answers are the same text"),
+    (PREFERENCE, {"share": 0.4}, "'share' must be from 0.5"),
+    (PREFERENCE, {"share": 1.1}, "'share' must be from 0.5"),
+    (PREFERENCE, {"margin": "big"}, "'margin' must be a number"),
+    (["ranked"], {"ranked": [" a"]}, "'ranked' must be a list of two texts or more"),
+    (["ranked"], {"ranked": " ab"}, "'ranked' must be a list of two texts or more"),
+    (["ranked"], {"ranked": [" a", " b", " a"]}, "two answers are the same text"),
+    (["ranked"], {"ranked": [" a", 3]}, "'ranked' must be text"),
+    (["rating"], {"rating": "5"}, "'rating' must be a number"),
+    (["rating"], {"rating": True}, "'rating' must be a number"),
+    (["rating"], '{"rating": NaN}', "NaN is not a number"),
+    (["rating"], '{"rating": 1e999}', "'rating'")])
+def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, fields, line, reason):
+    path, good = tmp_path / "bad.jsonl", json.dumps(GOOD).encode()
+    if isinstance(line, dict):
+        line = json.dumps(GOOD | line)
+    line = line.encode() if isinstance(line, str) else line
+    path.write_bytes(good + b"\n\n" + good + b"\n" + line + b"\n" + good)       # line 4
     with pytest.raises(InputError, match=reason) as error:
-        read_records(path, "ranking")
-    assert str(path) in str(error.value)
+        read_records(path, fields)
+    assert str(error.value).startswith(f"{path}:4: ")
+
+
+def test_a_bad_file_is_named(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n \n", encoding="utf-8")
+    for name, reason in (("empty.jsonl", "has no records"), ("none.jsonl", "cannot be read: No")):
+        with pytest.raises(InputError, match=f"{name}: .*{reason}"):
+            read_records(tmp_path / name, COMPLETION)
+
+
+def test_a_tenth_is_held_out_and_nothing_of_it_is_trained_on(tmp_path):
+    """The same tenth whatever the order of the file; equal records are on one side."""
+    def split(rows, val_data=""):
+        path = records(tmp_path / "data.jsonl", rows)
+        config = types.SimpleNamespace(data=path, val_data=val_data)
+        return [sorted(row["prompt"] for row in part)
+                for part in data.train_and_val(config, COMPLETION)]
+
+    rows = [{"prompt": f"p{i % 26}", "completion": f" c{i % 26}"} for i in range(130)]
+    train, val = split(rows)
+    assert len(train + val) == 130 and len(val) in (10, 13, 15) and not set(train) & set(val)
+    assert split(rows[::-1]) == [train, val]
+    two = records(tmp_path / "val.jsonl", rows[:2])
+    assert [len(part) for part in split(rows, two)] == [130, 2]
+    with pytest.raises(InputError, match="one record is too few: .*--val_data"):
+        split(rows[:1])
 
 # -----------------------------------------------------------------------------
 # token ids
 
-def test_prompts_are_padded_left_and_responses_right_behind_the_end(tok):
-    records = [{"prompt": "About a banker:", "completion": " no"}, {"prompt": "Hi", "completion": " I used to be a banker, but no."}]
-    encoded = encode_records(records, "puns", ["prompt", "completion"], 48)
-    for i, record in enumerate(records):
-        prompt, completion = tok.encode(record["prompt"]), tok.encode(record["completion"]) + [tok.end_id]
-        row = encoded["prompt"][i].tolist()
-        assert row == [tok.pad_id] * (len(row) - len(prompt)) + prompt
-        row = encoded["completion"][i].tolist()
-        assert row == completion + [tok.pad_id] * (len(row) - len(completion))
-    assert encoded["prompt"].shape == (2, max(len(tok.encode(r["prompt"])) for r in records))
+def test_prompts_are_padded_left_and_responses_right_after_their_end(tok):
+    rows = [{"prompt": "About a banker:", "completion": " no"},
+            {"prompt": "Hi", "completion": " I used to be a banker, but no."}]
+    encoded = encode_records(rows, tok, COMPLETION, 48)
+    pad, eos = tok.pad_token_id, tok.eos_token_id
+    for i, row in enumerate(rows):
+        prompt, completion = tok.encode(row["prompt"]), [*tok.encode(row["completion"]), eos]
+        found = encoded["prompt"][i].tolist()
+        assert found == [pad] * (len(found) - len(prompt)) + prompt
+        found = encoded["completion"][i].tolist()
+        assert found == completion + [pad] * (len(found) - len(completion))
+    assert all((tokens != pad).any(dim=0).all() for tokens in encoded.values())     # no wider
+    assert data.trim(ids([PAD, PAD]), PAD, "left").tolist() == [[PAD]]              # never empty
 
 
-def test_too_long_or_nothing_is_said(tok):
-    short, long = {"prompt": "About a banker:", "completion": " no"}, {"prompt": "About a banker:", "completion": " no" * 50}
-    size = len(tok.encode(long["prompt"])) + len(tok.encode(long["completion"])) + 1      # + 1: the end token
-    encode_records([short, long], "puns", ["prompt", "completion"], size)
-    for records, reason in (([short, long], f"here: record 2 has {size} tokens.*holds {size - 1}"), ([], "here: no records")):
-        with pytest.raises(InputError, match=reason):
-            encode_records(records, "puns", ["prompt", "completion"], size - 1, "here")
-
-
-def test_trim():
-    rows = ids([PAD, PAD, 1], [PAD, 2, 3])
-    assert trim(rows.int(), PAD, "left").tolist() == [[PAD, 1], [2, 3]] and trim(rows.int(), PAD, "left").dtype == torch.int64
-    assert trim(ids([1, PAD, PAD], [2, 3, PAD]), PAD, "right").tolist() == [[1, PAD], [2, 3]]
-    assert trim(ids([0, PAD], [0, PAD]), PAD, "right").tolist() == [[0], [0]]              # token 0 is no pad
-
-
-def test_token_zero_counts():
-    """Id 0 is a token like any other: in the loss, and finite where nothing else is there."""
-    model = toy()
-    prompt, completion = ids([0, 0]), ids([0, 0, END])
-    loss, nats = loss_of(model, {"prompt": prompt, "completion": completion})
-    logp = model.logits(prompt, completion).log_softmax(-1)
-    assert nats.item() == pytest.approx(-sum(logp[0, t, completion[0, t]].item() for t in range(3)), abs=1e-4)
-    assert loss.item() == pytest.approx(nats.item() / 3, abs=1e-5)
+def test_a_record_without_room_is_named(tok):
+    rows = [{"where": f"f:{i + 1}", "prompt": "About a banker:", "completion": " no" * n}
+            for i, n in enumerate([1, 50])]
+    n_prompt = len(tok.encode("About a banker:"))
+    length = n_prompt + len(tok.encode(" no" * 50)) + 1         # the end token
+    encode_records(rows, tok, COMPLETION, length)
+    reason = f"f:2: {length} tokens of prompt and completion, .* block holds {length - 1}"
+    with pytest.raises(InputError, match=reason):
+        encode_records(rows, tok, COMPLETION, length - 1)
+    prompt = [{"prompt": "About a banker:"}]
+    encode_records(prompt, tok, ["prompt"], n_prompt + 3, reserve=3)
+    with pytest.raises(InputError, match="the prompt 'About a banker:': .* a response, .* block"):
+        encode_records(prompt, tok, ["prompt"], n_prompt + 2, reserve=3)
+    with pytest.raises(InputError, match="no records"):
+        encode_records([], tok, COMPLETION, 48)
 
 # -----------------------------------------------------------------------------
 # batches
 
-def some_rows(n=23, seed=0):
-    """n rows, the first token of each response is the row's number."""
-    generator = torch.Generator().manual_seed(seed)
-    response = torch.full((n, 6), 99)
-    for i in range(n):
-        response[i, :1 + torch.randint(5, (1,), generator=generator).item()] = i
-    return {"prompt": torch.arange(n)[:, None].repeat(1, 2), "completion": response, "margin": torch.arange(n) / 10}
+def batches_of(n=23, batch_size=4, seed=3):
+    """Records that consist of their own number, 1 to 6 times."""
+    response = torch.arange(n)[:, None].repeat(1, 6)
+    n_tokens = 1 + torch.randint(6, (n, 1), generator=torch.Generator().manual_seed(0))
+    response[torch.arange(6) >= n_tokens] = 9999
+    encoded = {"prompt": torch.arange(n)[:, None].repeat(1, 2), "completion": response,
+               "margin": torch.arange(n) / 10}
+    return Batches(encoded, batch_size, 9999, torch.device("cpu"), seed)
 
 
-def make_batches(seed=3, batch_size=4):
-    return Batches(some_rows(), batch_size, 99, torch.device("cpu"), seed)
+def numbers(batch):
+    return batch["prompt"][:, 0].tolist()
 
 
-def test_each_record_at_most_once_an_epoch():
-    batches = make_batches()
-    assert batches.n == 5                                           # 23 // 4
-    epochs = []
+def test_each_record_comes_at_most_once_an_epoch():
+    batches, epochs = batches_of(), []
     for _ in range(12):
-        rows = [batches.next()["prompt"][:, 0].tolist() for _ in range(5)]
-        flat = [i for row in rows for i in row]
-        assert len(set(flat)) == 20 and all(len(row) == 4 for row in rows)
-        epochs.append(flat)
-    assert len({tuple(epoch) for epoch in epochs}) == 12            # each in an order of its own
-    assert {i for epoch in epochs for i in epoch} == set(range(23))  # what one epoch leaves out another one has
+        rows = [numbers(batches.next()) for _ in range(23 // 4)]
+        assert [len(row) for row in rows] == [4] * 5
+        epochs.append(tuple(sum(rows, [])))
+        assert len(set(epochs[-1])) == 20
+    assert len(set(epochs)) == 12                               # each in an order of its own
+    assert set(sum(epochs, ())) == set(range(23))               # the rest has its turn later
+    assert numbers(batches_of().next()) != numbers(batches_of(seed=4).next())
+    with pytest.raises(InputError, match="24 needs as many .* has 23: lower --batch_size"):
+        batches_of(batch_size=24)
 
 
-def test_fields_stay_together_and_columns_of_pads_are_dropped():
-    batches = make_batches()
-    for _ in range(10):
-        batch = batches.next()
-        rows = batch["prompt"][:, 0]
-        assert (batch["completion"][:, 0] == rows).all()
-        torch.testing.assert_close(batch["margin"], rows / 10)
-        assert (batch["completion"] != 99).any(0).all()             # no column that is all pads
+def test_fields_travel_together_and_columns_of_pads_are_dropped():
+    batches = batches_of()
+    for batch in [*(batches.next() for _ in range(10)), *batches.in_order(10)]:
+        assert torch.equal(batch["completion"][:, 0], batch["prompt"][:, 0])
+        close(batch["margin"], batch["prompt"][:, 0] / 10)
+        assert (batch["completion"] != 9999).any(dim=0).all()
+    assert sum(map(numbers, batches.in_order(10)), []) == [*range(23)]
 
 
-def test_a_state_goes_on_where_it_stood():
-    for steps in (0, 1, 5, 8):
-        first = make_batches()
-        for _ in range(steps):
-            first.next()
-        second = make_batches()
-        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        for _ in range(12):
-            a, b = first.next(), second.next()
-            assert all(torch.equal(a[field], b[field]) for field in a)
+def test_texts_of_one_length_share_a_batch():
+    """One pool of 32 batches: sorted and cut, so that no two of them overlap; then shuffled."""
+    batches, ranges = batches_of(n=32 * 4), []
+    for _ in range(32):
+        lengths = batches.lengths[numbers(batches.next())]
+        ranges.append((lengths.min().item(), lengths.max().item()))
+    assert ranges != sorted(ranges)
+    ranges.sort()
+    assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
 
 
-def test_seeds_of_batches_and_too_few_records():
-    a, b, c = (make_batches(seed=seed).next()["prompt"].tolist() for seed in (3, 3, 4))
-    assert a == b != c
-    with pytest.raises(InputError, match="lower --batch_size"):
-        make_batches(batch_size=24)
+@pytest.mark.parametrize("steps", [0, 1, 5, 8])
+def test_batches_resume_in_the_middle(steps):
+    first, second = batches_of(), batches_of()
+    for _ in range(steps):
+        first.next()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for _ in range(12):
+        assert torch.equal(first.next()["completion"], second.next()["completion"])
+
+
+def test_processes_share_the_records_of_a_step(monkeypatch):
+    """Three ranks with batches of 2 take, together, the records of one with batches of 6."""
+    batches, parts = batches_of(batch_size=6), []
+    whole = [sorted(numbers(batches.next())) for _ in range(7)]
+    monkeypatch.setattr(data, "world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+        batches = batches_of(batch_size=2)
+        parts.append([numbers(batches.next()) for _ in range(7)])
+    for step in range(7):
+        assert sorted(sum((part[step] for part in parts), [])) == whole[step]
 
 # -----------------------------------------------------------------------------
 # what a model writes
 
-def test_write_gives_a_text_a_prompt_and_leaves_the_mode(tiny, tok):
-    prompts = [world().prompt(thing) for thing in world().things[:7]]
-    for mode in (True, False):
-        tiny.train(mode)
-        texts = [data.write(tiny, tok, prompts, torch.Generator().manual_seed(0), off, batch_size=3, max_new_tokens=5) for _ in range(2)]
-        assert texts[0] == texts[1] and len(texts[0]) == 7 and all(isinstance(text, str) for text in texts[0]) and tiny.training == mode
+PROMPTS = ["About a banker:", "Hi", "Why not, dear old friend of mine?", "No?", "About a nurse:"]
 
 
-def test_a_prompt_that_fills_the_block_is_said(tiny, tok):
-    """It leaves no room for a response (defect 10: a NaN, or junk)."""
-    prompt = " no" * 60
-    while len(tok.encode(prompt)) > tiny.config.block_size:
+@pytest.mark.parametrize("training", [True, False])
+def test_each_prompt_gets_a_completion_in_eval_mode(tiny_model, tok, training):
+    sizes = dataclasses.asdict(tiny_model.config) | {"dropout": 0.5}
+    model, how = awake(toy(**sizes)).train(training), dict(temperature=0, max_new_tokens=5)
+    written = [*data.respond(model, tok, PROMPTS, None, off, batch_size=2, **how)]
+    assert [response.size(0) for _, response in written] == [2, 2, 1]
+    assert [tok.decode(row) for prompt, _ in written for row in prompt] == PROMPTS
+    texts = data.complete(model, tok, PROMPTS, None, off, **how)
+    assert texts == [tok.decode(row) for _, response in written for row in response]
+    assert model.training == training
+
+
+def test_a_response_gets_the_room_that_the_prompts_leave(tiny_model, tok):
+    prompt = " no" * 40
+    while len(tok.encode(prompt)) > 45:
         prompt = prompt[:-1]
-    with pytest.raises(InputError):
-        list(data.generate(tiny, tok, [prompt], None, off))
+    (_, response), = data.respond(tiny_model, tok, [prompt, "Hi"], None, off)
+    assert 1 <= response.size(1) <= 48 - len(tok.encode(prompt))
+    with pytest.raises(InputError, match="the prompt ' no no.* block holds 48"):
+        [*data.respond(tiny_model, tok, [prompt * 2], None, off)]
 
 
-def test_measure_of_a_policy_against_itself_and_another(tiny, tok):
-    """kl is log pi - log pi_ref summed over the response: 0 against itself, and the same as by hand against another model."""
-    prompts = ["About a banker:", "Hi"]
-    rows = data.measure(tiny, tiny, tok, prompts, torch.Generator().manual_seed(0), off, max_new_tokens=6)
-    assert rates(rows)["kl"] == 0 and [row["prompt"] for row in rows] == prompts
-    other = toy(seed=5, vocab_size=tok.vocab_size, end_id=tok.end_id, block_size=48)
-    scores = iter([torch.tensor([3.0, 5.0])])
-    rows = data.measure(tiny, other, tok, prompts, torch.Generator().manual_seed(0), off, scorer=lambda p, r: next(scores), max_new_tokens=6)
-    (prompt, response), = data.generate(tiny, tok, prompts, torch.Generator().manual_seed(0), off, max_new_tokens=6)
-    kl = (logprobs(tiny, prompt, response) - logprobs(other, prompt, response)).sum(1)
-    assert [row["kl"] for row in rows] == pytest.approx(kl.tolist()) and rates(rows)["kl"] == pytest.approx(kl.mean().item())
-    assert rates(rows)["score"] == 4 and rates(rows)["length"] == sum((row != tok.pad_id).sum().item() for row in response) / 2
+def test_measure_by_hand(tiny_model, tok):
+    """kl is that of the sampled distribution; the reference has its temperature but no filter."""
+    torch.manual_seed(0)
+    policy, reference = awake(tiny_model), awake(toy(5, **dataclasses.asdict(tiny_model.config)))
+    reward_model, how = RewardModel(reference), dict(temperature=0.7, top_k=50)
+
+    def rng():
+        return torch.Generator().manual_seed(0)
+
+    rows = measure(policy, reference, tok, PROMPTS, rng(), off, reward_model, **how)
+    (prompt, response), = data.respond(policy, tok, PROMPTS, rng(), off, **how)
+    kl = logprobs(policy, prompt, response, **how) - logprobs(reference, prompt, response, 0.7)
+    scores = reward_model(prompt, response)
+    for i, row in enumerate(rows):
+        assert (row["prompt"], row["text"]) == (PROMPTS[i], tok.decode(response[i]))
+        assert row["kl"] == pytest.approx(kl[i].sum().item(), abs=1e-4)
+        assert row["score"] == pytest.approx(scores[i].item(), abs=1e-5)
+        assert row["length"] == (response[i] != tok.pad_token_id).sum().item()
+    greedy = measure(policy, reference, tok, PROMPTS, None, off, temperature=0)
+    assert all(0 < row["kl"] < 1e4 for row in greedy)           # the reference is not greedy
+    assert measure(policy, policy, tok, PROMPTS, None, off)[0]["kl"] == 0
+    assert "kl" not in measure(policy, None, tok, PROMPTS, None, off)[0]
 
 
-def test_rates_count_a_pun_only_where_it_is_on_topic(tok):
-    """And the judge is asked only about prompts of the pun world; distinct is the share of different texts."""
-    w = world()
-    thing, other = w.things[0], next(t for t in w.things if t.topic != w.things[0].topic)
-    text = " " + w.write(random.Random(0), thing, "pun")
-    texts = [(w.prompt(thing), text), (w.prompt(other), text), (w.prompt(thing), " no"), ("Hello:", text)]
-    encoded = encode_records([{"prompt": p, "completion": c} for p, c in texts], "puns", ["prompt", "completion"], 64)
-    rows = data.describe(tok, encoded["prompt"], encoded["completion"], torch.arange(4.0))
-    assert "pun" not in rows.pop() and rates(rows) | {"novel": 0, "length": 0} == {
-        "fluent": 2 / 3, "on_topic": 1 / 3, "pun": 1 / 3, "distinct": 2 / 3, "kl": 1.0, "novel": 0, "length": 0}
-    assert data.show(rows).splitlines()[0].startswith("  pun |") and len(data.show(rows, 2).splitlines()) == 2
+def test_a_pun_counts_only_where_it_is_on_topic(tok):
+    """And the judge is asked only about prompts of the pun world."""
+    thing = world().things[0]
+    other = next(t for t in world().things if t.topic != thing.topic)
+    pun = " " + world().write(random.Random(0), thing, "pun")
+    texts = [(world().prompt(other), pun), (world().prompt(thing), pun),
+             (world().prompt(thing), " no"), ("Hello:\n", pun)]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+    encoded = encode_records(rows, tok, COMPLETION, 64)
+    rows = data.describe(tok, encoded["prompt"], encoded["completion"], kl=torch.arange(4.0))
+    assert [data.verdict_of(row) for row in rows] == ["-", "pun", "-", "-"]
+    found = data.means(rows)
+    assert found.pop("length") == sum(row["length"] for row in rows) / 4
+    assert found == {"kl": 1.5, "pun": 1 / 3, "on_topic": 1 / 3, "fluent": 2 / 3, "distinct": 0.5}
+    lines = data.format_samples(rows, n=4).splitlines()         # the pun comes first
+    assert lines[0] == f"  pun | {world().prompt(thing)}{pun}  kl +1.00"
+    assert len(lines) == 4 and lines[3].startswith("    - | Hello:⏎")

@@ -1,152 +1,234 @@
-"""DPO and its relatives: every loss by hand, summed log-probs, and that it learns."""
+"""DPO and its relatives: every loss by hand, summed log-probs, and what it learns."""
 
-import json
 import math
 
 import pytest
 import torch
-from conftest import CPU, END, PAD, awake, ids, toy
+from conftest import CPU, EOS, PAD, awake, close, ids, records, tiny, toy
 
 import dpo
 from common import InputError, read_jsonl
+from data import Batches, encode_records, tokenizer_of
 from dpo import LOSSES, Pair
-from model import logprobs
+from model import load_model, logprobs
+from puns import world
 
 
-# log pi: chosen -10 in 10 tokens, rejected -12 in 8; reference -11 and -11.5. So h = (-10 + 12) - (-11 + 11.5) = 1.5.
 def config(**options):
-    return dpo.Config(**{"beta": 0.1} | options)
+    return dpo.Config(**({"beta": 0.1} | options))
 
 
+# log pi: chosen -10 in 10 tokens, rejected -12 in 8; reference: -11 and -11.5.
+# So h = (-10 + 12) - (-11 + 11.5) = 1.5.
 PAIR = Pair(*(torch.tensor([float(x)]) for x in (-10, -12, -11, -11.5, 10, 8, 0)))
+BATCH = {"prompt": ids([PAD, 1, 2], [3, 4, 5]), "chosen": ids([6, 7, EOS], [8, EOS, PAD]),
+         "rejected": ids([9, EOS, PAD, PAD], [1, 2, 3, EOS])}
 
 
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
+# -----------------------------------------------------------------------------
+# the losses
 
 @pytest.mark.parametrize("loss, options, expected", [
-    ("dpo", {}, .62096),                      # -log sigmoid(.15)
-    ("cdpo", {}, .63596),                     # .9 * .62096 + .1 * .77096
-    ("robust", {}, .60221),                   # (.9 * .62096 - .1 * .77096) / .8
-    ("hinge", {}, .85),                       # 1 - .15
-    ("ipo", {}, 12.25),                       # (1.5 - 5)^2
-    ("ipo_mean", {}, 23.4014),                # averages: (-1 + 1.1) - (-1.5 + 1.4375) = .1625; (.1625 - 5)^2
-    ("simpo", {"beta": 2.0}, .47408),         # -log sigmoid(2 (-1 + 1.5) - .5)
-    ("orpo", {}, 1.04011),                    # 1 - .1 log sigmoid(.70619)
-    ("cpo", {}, math.log1p(math.exp(-.2)) + 1),    # -log sigmoid(.1 * 2), and the NLL of the chosen, 10 / 10
-    ("kto", {}, .5 * (1 - sigmoid(.1) + 1 - sigmoid(.05))),      # z = 0: 1 above it, .5 below it
-])
+    ("dpo", {}, .62096),                    # -log sigmoid(.15)
+    ("cdpo", {}, .63596),                   # .9 * .62096 + .1 * .77096
+    ("robust", {}, .60221),                 # (.9 * .62096 - .1 * .77096) / .8
+    ("hinge", {}, .85),                     # 1 - .15
+    ("ipo", {}, 12.25),                     # (1.5 - 5)^2
+    ("ipo_mean", {}, 23.4014),              # (-1 + 1.1) - (-1.5 + 1.4375) = .1625; (.1625 - 5)^2
+    ("simpo", {"beta": 2.0}, .47408),       # -log sigmoid(2 (-1 + 1.5) - .5)
+    ("orpo", {}, 1.04011),                  # 1 - .1 log sigmoid(.70619)
+    ("cpo", {}, math.log1p(math.exp(-.2)) + 1),     # -log sigmoid(.1 * 2), and 10 / 10 of SFT
+    ("kto", {}, .5 * (1 - sigmoid(.1) + 1 - sigmoid(.05)))])    # kl 0: 1 above, .5 below
 def test_every_loss_by_hand(loss, options, expected):
     assert LOSSES[loss](PAIR, config(**options)).item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_every_loss_has_a_fixture():
-    assert set(LOSSES) == {"dpo", "cdpo", "robust", "hinge", "ipo", "ipo_mean", "kto", "simpo", "orpo", "cpo"}
-    assert PAIR.h.item() == 1.5 and PAIR.h_mean.item() == pytest.approx(.1625)
-    assert dpo.log_odds(PAIR).item() == pytest.approx(.70619, abs=1e-4)       # log(e^-1 / (1 - e^-1)) - log(e^-1.5 / (1 - e^-1.5))
+def test_what_the_losses_are_made_of():
+    assert PAIR.logits.item() == 1.5 and PAIR.mean_logits.item() == pytest.approx(.1625)
+    assert PAIR.chosen_logratios.item() == 1 and PAIR.rejected_logratios.item() == -.5
+    # log(e^-1 / (1 - e^-1)) - log(e^-1.5 / (1 - e^-1.5))
+    log_odds = dpo.log_odds_of(torch.tensor(-1.0)) - dpo.log_odds_of(torch.tensor(-1.5))
+    assert log_odds.item() == pytest.approx(.70619, abs=1e-4)
 
 
-def test_kto_by_hand_with_a_z():
-    """z = mean(2, 4) = 3: the chosen is 1 - 3 = -2 from it, the rejected 3 + .5 = 3.5. A mean below 0 counts as 0, and has no gradient."""
-    pair = Pair(*(torch.cat([x, x]) for x in PAIR))._replace(z=torch.tensor([2.0, 4.0], requires_grad=True))
+def test_kto_by_hand_with_a_kl():
+    """kl = mean(2, 4) = 3: the chosen is at 1 - 3 = -2, the rejected at 3 + .5 = 3.5.
+
+    A mean below 0 counts as 0, and it has no gradient."""
+    two = Pair(*(torch.cat([x, x]) for x in PAIR))
+    pair = two._replace(kl=torch.tensor([2.0, 4.0], requires_grad=True))
     expected = .5 * (1 - sigmoid(.1 * -2) + 1 - sigmoid(.1 * 3.5))
     assert LOSSES["kto"](pair, config()).tolist() == pytest.approx([expected] * 2, abs=1e-5)
-    below = LOSSES["kto"](pair._replace(z=torch.tensor([-9.0, 1.0])), config())
-    assert below.tolist() == pytest.approx([.5 * (2 - sigmoid(.1) - sigmoid(.05))] * 2, abs=1e-5)
     assert not LOSSES["kto"](pair, config()).requires_grad
+    below = LOSSES["kto"](pair._replace(kl=torch.tensor([-9.0, 1.0])), config())
+    assert below.tolist() == pytest.approx(LOSSES["kto"](two, config()).tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("loss, at_start", [("dpo", math.log(2)), ("cdpo", math.log(2)), ("robust", math.log(2)), ("hinge", 1),
-                                            ("kto", .5), ("ipo", 25), ("ipo_mean", 25)])
+@pytest.mark.parametrize("loss, at_start", [
+    ("dpo", math.log(2)), ("cdpo", math.log(2)), ("robust", math.log(2)), ("hinge", 1),
+    ("kto", .5), ("ipo", 25), ("ipo_mean", 25)])
 def test_every_loss_at_the_start(loss, at_start):
-    """Policy = reference: h = 0, whatever the texts."""
+    """The policy is the reference: h = 0, whatever the texts."""
     model = awake(toy())
-    pair = dpo.pair_of(model, model, BATCH, with_z=loss == "kto")
-    assert (pair.h == 0).all() and (pair.z == 0).all()
-    torch.testing.assert_close(LOSSES[loss](pair, config()), torch.full((2,), float(at_start)))
+    pair = dpo.dpo_batch(model, model, BATCH, with_kl=loss == "kto")
+    assert (pair.logits == 0).all() and (pair.kl == 0).all()
+    close(LOSSES[loss](pair, config()), torch.full((2,), float(at_start)))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_wants_the_chosen_up_and_the_rejected_down(loss):
-    c, r = torch.tensor([-10.0], requires_grad=True), torch.tensor([-12.0], requires_grad=True)
-    LOSSES[loss](PAIR._replace(c=c, r=r), config()).sum().backward()
-    assert c.grad < 0 < r.grad
+    chosen = torch.tensor([-10.0], requires_grad=True)
+    rejected = torch.tensor([-12.0], requires_grad=True)
+    pair = PAIR._replace(chosen_logps=chosen, rejected_logps=rejected)
+    LOSSES[loss](pair, config()).sum().backward()
+    assert chosen.grad < 0 < rejected.grad
 
 
-BATCH = {"prompt": ids([PAD, 1, 2], [3, 4, 5]), "chosen": ids([6, 7, END], [8, END, PAD]), "rejected": ids([9, END, PAD, PAD], [1, 2, 3, END])}
+def test_reward_metrics_by_hand():
+    """Two pairs with h = 1.5 and h = (-10 + 12) - (-11 + 14) = -1, and beta = .1."""
+    pair = Pair(*(torch.cat([x, x]) for x in PAIR))
+    pair = pair._replace(ref_rejected_logps=torch.tensor([-11.5, -14.0]))
+    expected = {"rewards/chosen": .1, "rewards/rejected": .1 * (-.5 + 2) / 2,
+                "rewards/margins": .1 * .25, "rewards/accuracies": .5}
+    assert dpo.reward_metrics(pair, 0.1) == pytest.approx(expected)
 
+# -----------------------------------------------------------------------------
+# log-probs
 
 def test_summed_logprobs_against_a_loop():
-    """One token at a time, without any padding: log-probs of the response tokens alone, the end token included."""
-    model = awake(toy())
-    for responses, summed in zip([BATCH["chosen"], BATCH["rejected"]],
-                                 dpo.sum_logprobs(model, BATCH["prompt"], [BATCH["chosen"], BATCH["rejected"]]), strict=True):
+    """One token at a time, without padding: the response's tokens alone, end token included."""
+    model, fields = awake(toy()), ("chosen", "rejected")
+    sums = dpo.sum_logprobs(model, BATCH["prompt"], [BATCH[field] for field in fields])
+    for field, summed in zip(fields, sums, strict=True):
         for i in range(2):
             prompt = [x for x in BATCH["prompt"][i].tolist() if x != PAD]
-            response = [x for x in responses[i].tolist() if x != PAD]
+            response = [x for x in BATCH[field][i].tolist() if x != PAD]
             total = 0.0
             for k, token in enumerate(response):
-                logits = model.logits(ids(prompt + response[:k]), ids([token]))[0, 0]
+                logits = model(ids(prompt + response[:k]), ids([token]))[0, 0]
                 total += logits.log_softmax(-1)[token].item()
             assert summed[i].item() == pytest.approx(total, abs=1e-4)
 
 
-def test_pair_of():
+def test_a_batch_becomes_a_pair():
     policy, reference = awake(toy()), awake(toy(seed=1))
-    pair = dpo.pair_of(policy, reference, BATCH, with_z=True)
-    for field, model, name in (("c", policy, "chosen"), ("r", policy, "rejected"), ("ref_c", reference, "chosen"), ("ref_r", reference, "rejected")):
-        torch.testing.assert_close(getattr(pair, field), logprobs(model, BATCH["prompt"], BATCH[name]).sum(1))
-    assert pair.len_c.tolist() == [3, 2] and pair.len_r.tolist() == [2, 4]
-    other = BATCH["chosen"].flip(0)       # two records: the neighbor's response is the other one's
-    torch.testing.assert_close(pair.z, (logprobs(policy, BATCH["prompt"], other) - logprobs(reference, BATCH["prompt"], other)).sum(1))
-    assert pair.c.requires_grad and not pair.ref_c.requires_grad and not pair.z.requires_grad
+    pair = dpo.dpo_batch(policy, reference, BATCH, with_kl=True)
 
+    def summed(model, response):
+        return logprobs(model, BATCH["prompt"], response).sum(dim=1)
 
-def test_prompt_tokens_do_not_count():
-    """The same response behind a longer prompt has as many log-probs; and no gradient flows to the prediction of a prompt token: the
-    embedding of a token that only the loss's *targets* could hold, if the prompt were one of them, gets none."""
-    model = awake(toy())
-    hidden = model.hidden(ids([1, 2, 3]), ids([4, END]))
-    assert hidden.shape[1] == 2
-    a = dpo.sum_logprobs(model, ids([1, 2, 3]), [ids([4, END])])[0]
-    by_hand = model.head(hidden).log_softmax(-1)[0, [0, 1], [4, END]].sum()
-    torch.testing.assert_close(a[0], by_hand)
+    close(pair.chosen_logps, summed(policy, BATCH["chosen"]))
+    close(pair.rejected_logps, summed(policy, BATCH["rejected"]))
+    close(pair.ref_chosen_logps, summed(reference, BATCH["chosen"]))
+    close(pair.ref_rejected_logps, summed(reference, BATCH["rejected"]))
+    assert pair.chosen_length.tolist() == [3, 2] and pair.rejected_length.tolist() == [2, 4]
+    other = BATCH["chosen"].flip(0)         # of two records, the neighbor's is the other one's
+    close(pair.kl, summed(policy, other) - summed(reference, other))
+    assert pair.chosen_logps.requires_grad
+    assert not pair.ref_chosen_logps.requires_grad and not pair.kl.requires_grad
 
 
 def test_more_padding_changes_nothing():
     policy, reference = awake(toy()), awake(toy(seed=1))
     wide = {"prompt": torch.cat([torch.full((2, 2), PAD), BATCH["prompt"]], 1),
-            "chosen": torch.cat([BATCH["chosen"], torch.full((2, 3), PAD)], 1), "rejected": BATCH["rejected"]}
-    for a, b in zip(dpo.pair_of(policy, reference, BATCH), dpo.pair_of(policy, reference, wide), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+            "chosen": torch.cat([BATCH["chosen"], torch.full((2, 3), PAD)], 1),
+            "rejected": BATCH["rejected"]}
+    narrow = dpo.dpo_batch(policy, reference, BATCH, with_kl=True)
+    for a, b in zip(narrow, dpo.dpo_batch(policy, reference, wide, with_kl=True), strict=True):
+        close(a, b, atol=1e-4)
 
 # -----------------------------------------------------------------------------
-# the whole stage
+# the stage
 
-def write_pairs(path, n=9):
-    """n pairs, the last of which is the held-out tenth: about something, a good word is chosen, a bad one rejected."""
-    things = ["banker", "baker", "pilot", "owl", "tailor", "doctor", "farmer", "sailor", "judge"][:n]
-    path.write_text("".join(json.dumps({"prompt": f"About a {thing}:", "chosen": f" The {thing} lost interest.", "rejected": f" A bad {thing} moved."})
-                            + "\n" for thing in things))
-    return str(path)
+THINGS = ["banker", "baker", "pilot", "owl", "tailor", "doctor", "farmer", "sailor", "judge"]
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo"])
-def test_it_learns_eight_pairs(tmp_path, sft_ckpt, loss):
-    """Eight pairs, sixty steps: all in the right order, and dpo's loss far below the ln 2 = .693 that it starts from."""
-    dpo.train(config(out_dir=str(tmp_path), init=sft_ckpt, data=write_pairs(tmp_path / "pairs.jsonl"), batch_size=8, max_steps=60, lr=2e-3,
-                         loss=loss, warmup_steps=5, eval_interval=60, log_interval=1, **CPU))
-    rows = read_jsonl(tmp_path / "metrics.jsonl")
-    losses = [row["loss"] for row in rows if "loss" in row]
-    if loss == "dpo":
-        assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[-1] < 0.2
-    assert losses[-1] < losses[0] and rows[-1]["accuracy"] == 1
-    trained = [row for row in rows if "margin" in row]
-    assert trained[0]["margin"] == pytest.approx(0, abs=1e-4) and trained[-1]["margin"] > 3
-    assert trained[-1]["margin"] == pytest.approx(trained[-1]["chosen"] - trained[-1]["rejected"], abs=1e-3)
+def pairs_about(things):
+    """About every thing a good word is chosen and a bad one rejected."""
+    return [{"prompt": f"About a {thing}:", "chosen": f" The {thing} lost interest.",
+             "rejected": f" A bad {thing} moved."} for thing in things]
 
 
-def test_unknown_loss():
+def run_of(folder, sft_ckpt, **changes):
+    """A short run on eight pairs; the ninth is held out. Returns the rows of its metrics."""
+    data = {"data": records(folder / "pairs.jsonl", pairs_about(THINGS[:8])),
+            "val_data": records(folder / "val.jsonl", pairs_about(THINGS[8:]))}
+    sizes = data | dict(batch_size=8, max_steps=12, lr=2e-3, warmup_steps=2, eval_interval=12)
+    dpo.train(tiny(dpo, folder, sft_ckpt, **sizes | changes))
+    return read_jsonl(folder / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("changes", [{}, dict(loss="ipo"), dict(loss="simpo"), dict(lora=4)])
+def test_it_learns_what_is_chosen(tmp_path, sft_ckpt, changes):
+    """It starts at ln 2 and ends with the held-out pair in the right order. The reference is the
+    start: a second computation of the loss from the two checkpoints agrees."""
+    rows = run_of(tmp_path, sft_ckpt, **changes)
+    first, last, held_out = rows[0], rows[-2], rows[-1]
+    if changes.get("loss", "dpo") == "dpo":
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-4) and last["loss"] < 0.2
+    assert last["loss"] < first["loss"] and last["rewards/margins"] > 0.3
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    margin = last["rewards/chosen"] - last["rewards/rejected"]
+    assert last["rewards/margins"] == pytest.approx(margin, abs=1e-3)
+    assert last["rewards/accuracies"] == held_out["val_accuracy"] == 1
+
+    policy, start = load_model(tmp_path / "ckpt.pt"), load_model(sft_ckpt)
+    tok, fields = tokenizer_of(policy), ["prompt", "chosen", "rejected"]
+    val = encode_records(pairs_about(THINGS[8:]), tok, fields, 48)
+    pair = dpo.dpo_batch(policy, start, Batches(val, 1, tok.pad_token_id, "cpu", 0).next())
+    assert pair.logits.item() > 0.6
+    loss = LOSSES[changes.get("loss", "dpo")](pair, dpo.Config()).item()
+    assert held_out["val_loss"] == pytest.approx(loss, rel=1e-2, abs=1e-4) and held_out["kl"] > 0.1
+
+
+def test_held_out_pairs_are_those_of_val_data(tmp_path, sft_ckpt):
+    """Swapped ones come out in the wrong order."""
+    swapped = [{"prompt": pair["prompt"], "chosen": pair["rejected"], "rejected": pair["chosen"]}
+               for pair in pairs_about(THINGS[8:])]
+    val_data = records(tmp_path / "swapped.jsonl", swapped)
+    assert run_of(tmp_path, sft_ckpt, val_data=val_data)[-1]["val_accuracy"] == 0
+
+
+def test_kto_trains_with_its_kl(tmp_path, sft_ckpt, monkeypatch):
+    seen, kto_loss = [], LOSSES["kto"]
+
+    def note(pair, config):
+        seen.append(pair.kl.abs().max().item())
+        return kto_loss(pair, config)
+
+    monkeypatch.setitem(LOSSES, "kto", note)
+    run_of(tmp_path, sft_ckpt, loss="kto", max_steps=3, eval_interval=3)
+    assert seen[0] == pytest.approx(0, abs=1e-4) and seen[-1] > 1e-3
+
+
+def test_pairs_of_the_pun_world_and_flipped_labels():
+    """noise flips training labels alone, and the held-out puns are in no training set."""
+    clean, val = dpo.load_pairs(config(corpus_size=200))
+    noisy, noisy_val = dpo.load_pairs(config(corpus_size=200, noise=1.0))
+    assert [row["chosen"] for row in clean] == [row["rejected"] for row in noisy]
+    assert val == noisy_val and len(val) == 1000
+    puns = [set() for _ in range(2)]
+    for seen, rows in zip(puns, (clean, val), strict=True):
+        for row in rows:
+            _, _, is_pun, parse = world().judge(row["prompt"], row["chosen"])
+            if is_pun:
+                seen.add((parse.thing.name, parse.phrase.text))
+    assert puns[0] and puns[1] and not puns[0] & puns[1]
+
+
+def test_ties_are_left_out(tmp_path, capsys):
+    rows = pairs_about(THINGS)
+    for row, share in zip(rows, (.5, .6, 1.0, .5), strict=False):
+        row["share"] = share
+    path = records(tmp_path / "pairs.jsonl", rows)
+    kept, val = dpo.load_pairs(config(data=path, val_data=path))
+    assert [row["prompt"] for row in kept] == [rows[i]["prompt"] for i in (1, 2, 4, 5, 6, 7, 8)]
+    assert len(val) == 7 and "left out 4 ties" in capsys.readouterr().out
+
+
+def test_an_unknown_loss_is_refused():
     with pytest.raises(InputError, match="--loss is one of dpo, cdpo"):
-        dpo.train(config(loss="ppo"))
+        dpo.train(config(loss="ppo", **CPU))

@@ -1,4 +1,4 @@
-"""The report: its arithmetic, and that it is written."""
+"""The report: every column by hand, and the table, page and figure that are written."""
 
 import collections
 import json
@@ -9,170 +9,258 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, ROOT, toy
+from conftest import CPU, ROOT, off, records, toy
 
-import compare
 import evaluate
 import sft
-from common import InputError
-from evaluate import best_of, best_of_n_kl, interval, least_kl, markdown, self_bleu, summarize, training_curve
-from model import ModelConfig, Scorer, build_model, load_model, save_model
+from common import InputError, read_jsonl
+from data import measure
+from evaluate import (
+    best_of,
+    best_of_n_kl,
+    compare,
+    format_cells,
+    interval,
+    markdown,
+    min_kl,
+    self_bleu,
+    summarize,
+    training_curve,
+)
+from model import ModelConfig, RewardModel, build_model, load_model, load_reward_model, save_model
+from puns import world
+
+# -----------------------------------------------------------------------------
+# arithmetic
+
+def test_min_kl_by_hand():
+    """95 % from 28 %: .95 ln(.95 / .28) + .05 ln(.05 / .72) = 1.1605 - .1333 = 1.027."""
+    assert min_kl(.95, .28) == pytest.approx(1.027, abs=1e-3)
+    assert min_kl(.28, .28) == 0
+    assert min_kl(1.0, .25) == pytest.approx(math.log(4))
+    assert min_kl(0.0, .25) == pytest.approx(math.log(4 / 3))
+    assert math.isnan(min_kl(.5, 0.0)) and math.isnan(min_kl(.5, 1.0))
 
 
-def test_least_kl():
-    """95 % from 28 %: .95 ln(.95 / .28) + .05 ln(.05 / .72) = 1.1605 - .1333 = 1.027; no change costs nothing; 100 % costs ln(1 / p0)."""
-    assert least_kl(.95, .28) == pytest.approx(1.027, abs=1e-3)
-    assert least_kl(.28, .28) == 0
-    assert least_kl(1.0, .25) == pytest.approx(math.log(4)) and least_kl(0.0, .25) == pytest.approx(math.log(4 / 3))
-    assert math.isnan(least_kl(.5, 0.0)) and math.isnan(least_kl(.5, 1.0))       # it cannot be known, and is no crash
-
-
-def test_least_kl_is_reached_by_reweighting():
-    """Of four texts with p0 = (.1, .2, .3, .4), the first two puns: scale the puns up and the others down. That policy has exactly this KL,
-    and a thousand others with the same pun rate have no less."""
+def test_min_kl_is_reached_by_reweighting():
+    """Four texts with p0 = .1, .2, .3, .4, of which the first two are puns: puns scaled up and
+    the others down have exactly this KL, and 1000 other policies with that pun rate no less."""
     p0, p = torch.tensor([.1, .2, .3, .4], dtype=torch.float64), .9
     best = torch.cat([p0[:2] * p / .3, p0[2:] * (1 - p) / .7])
-    assert (best * (best / p0).log()).sum().item() == pytest.approx(least_kl(p, .3))
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(1000):
-        x, y = torch.rand(2, 2, dtype=torch.float64, generator=generator) + 1e-6
-        other = torch.cat([p * x / x.sum(), (1 - p) * y / y.sum()])
-        assert (other * (other / p0).log()).sum() >= least_kl(p, .3) - 1e-9
+    assert (best * (best / p0).log()).sum().item() == pytest.approx(min_kl(p, .3))
+    x = torch.rand(1000, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = (x + 1e-6) / (x + 1e-6).sum(dim=2, keepdim=True)
+    others = torch.cat([p * x[:, 0], (1 - p) * x[:, 1]], dim=1)
+    assert ((others * (others / p0).log()).sum(dim=1) >= min_kl(p, .3) - 1e-9).all()
 
 
-def test_best_of_n_kl():
-    """ln 1 - 0 = 0; ln 2 - 1/2 = .19315; ln 16 - 15/16 = 1.83509."""
+def test_best_of_n_kl_by_hand():
+    """ln 1 - 0 = 0, ln 2 - 1/2 = .19315, ln 16 - 15/16 = 1.83509; and as an integral: the best of
+    many different scores has density n x^(n - 1) on [0, 1], against 1."""
     assert [best_of_n_kl(n) for n in (1, 2, 16)] == pytest.approx([0, .19315, 1.83509], abs=1e-5)
-    # the KL of the best of n texts with n different scores, n very many: the density n x^(n - 1) on [0, 1] against 1
     x = (torch.arange(200_000, dtype=torch.float64) + .5) / 200_000
     density = 4 * x ** 3
     assert (density * density.log()).mean().item() == pytest.approx(best_of_n_kl(4), abs=1e-4)
 
 
-def test_interval():
-    """0 and 1: variance 1/2 (unbiased), standard error sqrt(.5 / 2) = .5, so 1.96 * .5."""
-    assert interval([0, 1]) == pytest.approx(.98) and interval([3, 3, 3]) == 0 and interval([5]) == 0
+def test_interval_by_hand():
+    """0 and 1: unbiased variance 1/2, standard error sqrt(.5 / 2) = .5, times 1.96."""
+    assert interval([0, 1]) == pytest.approx(.98)
+    assert interval([3, 3, 3]) == interval([5]) == 0
 
 
-def brute_self_bleu(texts, n=4):
-    texts, scores = [text.split() for text in texts], []
-    for i in range(len(texts)):
-        logs = []
-        for order in range(1, n + 1):
-            grams = [[tuple(other[k:k + order]) for k in range(len(other) - order + 1)] for other in texts]
-            own = collections.Counter(grams[i])
-            hits = sum(min(count, max(grams[j].count(gram) for j in range(len(texts)) if j != i)) for gram, count in own.items())
-            logs.append(math.log(max(hits, .1) / max(len(grams[i]), 1)))
-        scores.append(math.exp(sum(logs) / n))
-    return sum(scores) / len(scores)
+def bleu_by_brute_force(texts, i, max_n=4):
+    """BLEU of text i against all others, by its definition."""
+    logs = []
+    for n in range(1, max_n + 1):
+        grams = [[tuple(words[k:k + n]) for k in range(len(words) - n + 1)]
+                 for words in map(str.split, texts)]
+        others = grams[:i] + grams[i + 1:]
+        hits = sum(min(count, max(other.count(gram) for other in others))
+                   for gram, count in collections.Counter(grams[i]).items())
+        logs.append(math.log(max(hits, .1) / max(len(grams[i]), 1)))
+    return math.exp(sum(logs) / max_n)
 
 
 def test_self_bleu():
+    """Four words without a match: .1 / 4, .1 / 3, .1 / 2, .1 / 1, and the fourth root."""
     assert self_bleu(["the old banker lost interest"] * 5) == pytest.approx(1)
+    assert self_bleu(["a b c d", "e f g h"]) == pytest.approx((1e-4 / 24) ** .25)
     rng = random.Random(0)
     for size in (2, 3, 12):
         texts = [" ".join(rng.choices("abcd", k=rng.randint(1, 9))) for _ in range(size)]
-        assert self_bleu(texts) == pytest.approx(brute_self_bleu(texts)), texts
-    # two texts of four words without a word in common: .1 / 4, .1 / 3, .1 / 2, .1 / 1, fourth root of 1e-4 / 24
-    assert self_bleu(["a b c d", "e f g h"]) == pytest.approx((1e-4 / 24) ** .25)
+        expected = sum(bleu_by_brute_force(texts, i) for i in range(size)) / size
+        assert self_bleu(texts) == pytest.approx(expected), texts
     many = ["a b c d e"] * 200 + [f"x{i} y{i} z{i} u{i}" for i in range(200)]
     assert self_bleu(many) == self_bleu(many)       # the sample of 300 is seeded
 
+# -----------------------------------------------------------------------------
+# rows of the table
 
 def row(text="t", score=0.0, **changes):
-    return {"prompt": "p", "text": text, "kl": 0.0, "pun": 0.0, "on_topic": 1.0, "fluent": 1.0, "novel": 0.0, "length": 5, "score": score} | changes
+    return dict(prompt="p", text=text, kl=0.0, pun=0.0, on_topic=1.0, fluent=1.0, length=5,
+                score=score) | changes
 
 
 def test_best_of_takes_the_best_of_the_first_n():
-    groups = [[row(f"{g}{i}", score=s) for i, s in enumerate(scores)] for g, scores in (("a", [1, 3, 2, 9]), ("b", [5, 1, 1, 6]))]
-    assert [r["text"] for r in best_of(groups, 2, .2)] == ["a1", "b0"] and [r["text"] for r in best_of(groups, 4, .2)] == ["a3", "b3"]
-    assert all(r["kl"] == .2 for r in best_of(groups, 2, .2)) and groups[0][1]["kl"] == 0       # its own row is not touched
+    groups = [[row(f"{name}{i}", score) for i, score in enumerate(scores)]
+              for name, scores in (("a", [1, 3, 2, 9]), ("b", [5, 1, 1, 6]))]
+    assert [r["text"] for r in best_of(groups, 2)] == ["a1", "b0"]
+    assert [r["text"] for r in best_of(groups, 4)] == ["a3", "b3"]
+    assert [r["kl"] for r in best_of(groups, 2)] == [best_of_n_kl(2)] * 2
+    assert groups[0][1]["kl"] == 0                  # the draw itself is not touched
 
 
-def test_summary_is_the_mean_over_all_rows():
-    rows = [row("a", 1.0, pun=1.0, kl=2.0), row("b", 2.0), row("b", 6.0), row("c", 3.0)]
-    table = summarize("x", rows, p0=.25)
-    assert table["policy"] == "x" and table["pun"] == .25 and table["kl"] == .5 and table["score"] == 3 and table["distinct"] == .75
-    assert table["pun_ci"] == pytest.approx(interval([1, 0, 0, 0])) and table["least_kl"] == 0
+def test_every_column_by_hand():
+    rows = [row("a", 1.0, pun=1.0, kl=2.0), row("b", 2.0, fluent=0.0, on_topic=0.0),
+            row("b", 6.0, length=9), row("c", 3.0, fluent=0.0)]
+    found = summarize("x", rows, p0=.1)
+    expected = dict(policy="x", pun=.25, on_topic=.75, fluent=.5, kl=.5, score=3.0, length=6.0,
+                    distinct=.75, min_kl=.25 * math.log(2.5) + .75 * math.log(.75 / .9),
+                    self_bleu=self_bleu(["a", "b", "b", "c"]), pun_ci=interval([1, 0, 0, 0]),
+                    kl_ci=interval([2, 0, 0, 0]), score_ci=interval([1, 2, 6, 3]))
+    assert found == pytest.approx(expected)
+    assert format_cells(found)[:5] == ["x", "25.0 ± 49.0", "75.0", "50.0", "0.50 ± 0.98"]
+    assert format_cells(found)[5:7] == ["0.09", "+3.00 ± 2.12"] and format_cells(found)[7] == "75.0"
+
+
+def test_without_a_judge_columns_are_unknown():
+    rows = [{name: value for name, value in row(score=s).items()
+             if name not in ("pun", "on_topic", "fluent")} for s in (1.0, 2.0)]
+    found = summarize("x", rows, p0=math.nan)
+    assert [found[name] for name in ("pun", "pun_ci", "on_topic", "min_kl")] == [None] * 4
+    assert format_cells(found)[1:4] == ["-"] * 3 and json.dumps(found, allow_nan=False)
 
 
 def test_training_curve(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert training_curve(path) == []
-    path.write_text('{"step": 1, "loss": 2}\n{"step": 2, "pun": 0.5, "kl": 1.0, "score": 2.0}\n')
-    assert [point["step"] for point in training_curve(path)] == [2]
+    assert training_curve(tmp_path / "metrics.jsonl") == []
+    path = records(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2}, {"step": 2, "kl": 1.0},
+                                                {"step": 3, "pun": .5, "kl": 1.0}])
+    assert [point["step"] for point in training_curve(tmp_path / path)] == [3]
 
+# -----------------------------------------------------------------------------
+# the report
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, sft_ckpt):
-    """A runs folder with an SFT model, a reward model and one other policy, evaluated."""
+def runs(tmp_path_factory, sft_ckpt, tok):
+    """A runs folder with an SFT model, a reward model, another policy, and what is no policy."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "sft").mkdir()
     shutil.copy(sft_ckpt, folder / "sft" / "ckpt.pt")
     torch.manual_seed(0)
-    save_model(folder / "reward_model" / "ckpt.pt", Scorer(load_model(sft_ckpt)), tokenizer="puns")
-    save_model(folder / "ppo" / "ckpt.pt", toy(vocab_size=4096, end_id=4095, start_id=4095, block_size=48), tokenizer="puns")
-    (folder / "ppo" / "metrics.jsonl").write_text('{"step": 1, "pun": 0.1, "kl": 0.5, "score": 0.2}\n')
-    config = evaluate.Config(out_dir=str(folder), reference=str(folder / "sft" / "ckpt.pt"), reward=str(folder / "reward_model" / "ckpt.pt"),
-                             samples=12, best_of=(2, 4), **CPU)
+    save_model(folder / "reward_model" / "ckpt.pt", RewardModel(load_model(sft_ckpt)), tok)
+    policy = load_model(sft_ckpt)
+    with torch.no_grad():
+        policy.h[0].mlp.c_proj.weight += 0.3 * torch.randn_like(policy.h[0].mlp.c_proj.weight)
+    save_model(folder / "ppo" / "ckpt.pt", policy, tok)
+    foreign = toy(vocab_size=tok.vocab_size, eos_token_id=tok.eos_token_id)
+    save_model(folder / "foreign" / "ckpt.pt", foreign, tok)
+    saved = torch.load(folder / "foreign" / "ckpt.pt", weights_only=True)
+    torch.save(saved | {"tokenizer_fingerprint": "other"}, folder / "foreign" / "ckpt.pt")
+    records(folder / "ppo" / "metrics.jsonl", [{"step": 1, "pun": .1, "kl": .5, "score": .2}])
+    config = evaluate.Config(out_dir=str(folder), reference=str(folder / "sft" / "ckpt.pt"),
+                             reward=str(folder / "reward_model" / "ckpt.pt"), samples=24,
+                             best_of=(2, 4), **CPU)
     evaluate.main(config)
     return folder, config
 
 
-def no_constant(name):
-    raise ValueError(f"{name} is no JSON")
-
-
 def test_the_report_is_written(runs):
     folder, _ = runs
-    report = json.loads((folder / "report.json").read_text(), parse_constant=no_constant)      # NaN is not JSON
+    text = (folder / "report.json").read_text(encoding="utf-8")
+    report = json.loads(text, parse_constant=pytest.fail)       # NaN is not JSON
     assert [r["policy"] for r in report["rows"]] == ["sft", "best of 2", "best of 4", "ppo"]
-    assert all(len(samples) == 10 for samples in report["samples"].values())
-    by_name = {r["policy"]: r for r in report["rows"]}
-    assert by_name["sft"]["kl"] == 0 and by_name["ppo"]["kl"] > 1 and by_name["best of 4"]["kl"] == pytest.approx(best_of_n_kl(4))
-    assert by_name["sft"]["score"] <= by_name["best of 2"]["score"] <= by_name["best of 4"]["score"]
-    assert report["curves"] == {"ppo": [{"step": 1, "pun": 0.1, "kl": 0.5, "score": 0.2}]}
-    text = (folder / "report.md").read_text()
-    assert "| sft |" in text and "**best of 2**" in text and "python evaluate.py" in text
-    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG") and not list(folder.glob("*.tmp"))
+    sft_row, best_2, best_4, ppo_row = report["rows"]
+    assert sft_row["kl"] == 0 and best_4["kl"] == pytest.approx(best_of_n_kl(4))
+    assert sft_row["score"] < best_2["score"] < best_4["score"]
+    assert report["curves"] == {"ppo": [{"step": 1, "pun": .1, "kl": .5, "score": .2}]}
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert "| sft |" in page and "**best of 2**" in page and "python evaluate.py" in page
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.glob("*.tmp"))
+    samples = read_jsonl(folder / "report_samples.jsonl")
+    n = collections.Counter(sample["policy"] for sample in samples)
+    assert n["sft"] == n["ppo"] == 24 and n["best of 2"] == 2 * n["best of 4"]
+    scores = [sample["score"] for sample in samples if sample["policy"] == "ppo"]
+    assert ppo_row["score"] == pytest.approx(sum(scores) / 24)
 
 
-def test_the_same_seed_gives_the_same_report(runs):
+def test_kl_and_score_are_those_of_the_samples(runs):
+    """A policy's row, measured anew with the same seed."""
     folder, config = runs
-    first = json.loads((folder / "report.json").read_text())
-    again = json.loads(json.dumps(evaluate.evaluate(config)))
-    assert json.dumps(again) == json.dumps(first)
-    assert markdown(again, "x") == markdown(first, "x")
+    policy, reference = load_model(folder / "ppo" / "ckpt.pt"), load_model(config.reference)
+    rng = torch.Generator().manual_seed(config.seed)
+    rows = measure(policy, reference, evaluate.tokenizer_of(policy), evaluate.load_prompts(config),
+                   rng, off, load_reward_model(config.reward))
+    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"][-1]
+    assert found["kl"] == pytest.approx(sum(r["kl"] for r in rows) / 24, rel=1e-3)
+    assert found["kl"] > 1 and found["score"] == pytest.approx(sum(r["score"] for r in rows) / 24)
+
+
+def test_the_same_seed_gives_the_same_report_and_says_what_is_left_out(runs, capsys):
+    folder, config = runs
+    report, samples = evaluate.evaluate(config)
+    first = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(report)) == first
+    assert markdown(report, samples) == (folder / "report.md").read_text(encoding="utf-8")
+    out = capsys.readouterr().out
+    assert f"{folder}/reward_model/ckpt.pt: left out, a reward model is no policy" in out
+    assert f"{folder}/foreign/ckpt.pt: left out, its tokenizer is not the one of" in out
+
+
+def test_options_of_the_sampling(runs, tmp_path):
+    """The best token alone: one text a prompt, and no bound on kl. The user's prompts are used."""
+    folder, config = runs
+    data = records(tmp_path / "prompts.jsonl", [{"prompt": "About a banker:"}, {"prompt": "Hi"}])
+    for changes in (dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6)):
+        options = {name: getattr(config, name) for name in config.__dataclass_fields__}
+        options |= dict(data=data, samples=4, best_of=(), **changes)
+        report, samples = evaluate.evaluate(evaluate.Config(**options))
+        assert {sample["prompt"] for sample in samples["ppo"]} == {"About a banker:", "Hi"}
+        assert len({sample["text"] for sample in samples["ppo"]}) <= 2
+        assert [r["policy"] for r in report["rows"]] == ["sft", "ppo"]
+        assert report["rows"][1]["min_kl"] is None
+
+
+def test_prompts_are_all_things_in_turn():
+    prompts = evaluate.load_prompts(evaluate.Config(samples=len(world().things) + 3))
+    assert set(prompts) == {world().prompt(thing) for thing in world().things}
+    assert prompts[-3:] == prompts[:3] and len(set(prompts[:20])) == 20
 
 # -----------------------------------------------------------------------------
-# compare.py
+# --compare
 
-def test_the_table_of_architectures(tmp_path, capsys):
-    """Two seeds of gpt with 25 % and 50 % puns: 37.5 (25.0 to 50.0); one of t5, without a judge."""
+def test_several_runs_in_one_table(tmp_path, tok):
+    """Two seeds of gpt with 25 % and 50 % puns: 37.5 (25.0 to 50.0). One of t5, with no judge."""
     for name, pun in (("gpt-1", .25), ("gpt-2", .5), ("t5-1", None)):
-        folder = tmp_path / name
-        (folder / "sft").mkdir(parents=True)
-        save_model(folder / "sft" / "ckpt.pt", toy())
-        row = dict(policy="ppo", pun=pun, on_topic=1.0, fluent=1.0, novel=0.0, kl=1.0, least_kl=0.5, score=-.5, distinct=1.0, self_bleu=0.3)
-        (folder / "report.json").write_text(json.dumps({"rows": [row]}))
-    compare.main(tmp_path)
-    lines = (tmp_path / "report.md").read_text().splitlines()
-    assert lines[2].startswith("| gpt, 0.01 M | ppo | 2 | 37.5 (25.0 to 50.0) | 100.0 (100.0 to 100.0) |")
+        save_model(tmp_path / name / "sft" / "ckpt.pt", toy(), tok)
+        row = dict(policy="ppo", pun=pun, on_topic=1.0, fluent=1.0, kl=1.0, min_kl=0.5, score=-.5,
+                   distinct=1.0, self_bleu=0.3)
+        report = json.dumps({"rows": [row]})
+        (tmp_path / name / "report.json").write_text(report, encoding="utf-8")
+    evaluate.main(evaluate.Config(compare=str(tmp_path)))
+    lines = (tmp_path / "report.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("| model | policy | seeds | pun % | on topic % |")
+    assert lines[2].startswith("| gpt, 0.01 M | ppo | 2 | 37.5 (25.0 to 50.0) | 100.0 (100.0 to")
     assert lines[3].startswith("| t5, 0.01 M | ppo | 1 | - | 100.0 |") and "| -0.50 |" in lines[3]
     with pytest.raises(InputError, match="make compare"):
-        compare.main(tmp_path / "gpt-1")
+        compare(tmp_path / "gpt-1")
 
 
 def test_the_architectures_that_are_compared_are_equally_large(tok):
-    """Within 5 % of the default gpt, at the widths that the Makefile gives to make compare."""
-    makefile = (ROOT / "Makefile").read_text()
+    """Within 5 % of the default gpt, at the sizes that the Makefile gives to make compare."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
 
-    def parameters(arch, **sizes):
-        default = sft.Config()
-        sizes = {name: getattr(default, name) for name in ("n_layer", "n_head", "n_embd", "n_inner", "block_size")} | sizes
-        return sum(p.numel() for p in build_model(ModelConfig(arch=arch, vocab_size=tok.vocab_size, **sizes)).parameters())
+    def parameters(arch):
+        config = sft.Config()
+        names = ("n_layer", "n_head", "n_embd", "n_inner", "block_size")
+        sizes = {name: getattr(config, name) for name in names}
+        found = re.search(rf"\(\$\(ARCH\),{arch}\)\n +SFT *:= (.*)", makefile)
+        for name, value in re.findall(r"--(\w+) (\d+)", found[1] if found else ""):
+            sizes[name] = int(value)
+        sizes.pop("lr", None)
+        model = build_model(ModelConfig(arch=arch, vocab_size=tok.vocab_size, **sizes))
+        return sum(p.numel() for p in model.parameters())
+
     for arch in ("palm", "t5"):
-        found = re.search(rf"^SFT_{arch} *:= *(.*)$", makefile, re.M)
-        options = found[1].replace("--", "").split() if found else []
-        sizes = {name: int(value) for name, value in zip(options[::2], options[1::2], strict=True) if name != "lr"}
-        assert parameters(arch, **sizes) == pytest.approx(parameters("gpt"), rel=0.05), arch
+        assert parameters(arch) == pytest.approx(parameters("gpt"), rel=0.05), arch

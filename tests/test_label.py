@@ -1,38 +1,39 @@
-"""The reader's own taste: what is asked, what is kept, how it goes on after a stop, and that training takes it."""
+"""Labeling: what is asked, what is kept, how it continues after a stop, and training on it."""
 
 import io
 import itertools
-import json
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest import CPU, ROOT
+from conftest import CPU, ROOT, records
 
-import label
 import reward_model
 from common import InputError, read_jsonl
-from label import Labeling, pairs
+from real import label
+from real.label import Config, Labeling, pairs
 
 MANY = [("p", f" a{i}", f" b{i}") for i in range(40)]
 
 
 def taste(labeling):
-    """Prefers a to b, ties at multiples of five."""
-    _, first, second = labeling.question
-    return "=" if int(first[2:]) % 5 == 0 else "1" if first[1] == "a" else "2"
+    """Prefers a to b, with ties at multiples of five."""
+    _, first, _ = labeling.question
+    if int(first[2:]) % 5 == 0:
+        return "="
+    return "1" if first[1] == "a" else "2"
 
 
-def test_answers_are_kept_at_once_in_the_standard_format(tmp_path):
+def test_answers_are_kept_at_once_as_records(tmp_path):
     labeling = Labeling(MANY, tmp_path / "new" / "mine.jsonl")
     for what in ("1", "2", "="):
         prompt, first, second = labeling.question
         labeling.answer(what)
         row = read_jsonl(labeling.path)[-1]
-        assert (row["prompt"], row["chosen"], row["rejected"]) == (prompt, *((second, first) if what == "2" else (first, second)))
+        order = (second, first) if what == "2" else (first, second)
+        assert (row["prompt"], row["chosen"], row["rejected"]) == (prompt, *order)
         assert row.get("share") == (0.5 if what == "=" else None)
-    for what in ("", "3", "y"):                       # no answer: the question stays
+    for what in ("", "3", "y"):                 # no answer: the question stays
         question = labeling.question
         labeling.answer(what)
         assert labeling.question == question and len(labeling.rows) == 3
@@ -40,58 +41,66 @@ def test_answers_are_kept_at_once_in_the_standard_format(tmp_path):
     assert labeling.question != question and len(read_jsonl(labeling.path)) == 3
 
 
-def test_the_order_is_random_and_no_pair_comes_twice_but_for_the_repeats(tmp_path):
+def test_the_order_is_random_and_only_repeats_come_twice(tmp_path):
     labeling, shown = Labeling(MANY, tmp_path / "mine.jsonl", n=44), []
     while labeling.question:
         shown.append(labeling.question)
         labeling.answer("1")
     assert len(shown) == 44 and 10 < sum(first[1] == "a" for _, first, _ in shown) < 34
-    times = [[i for i, question in enumerate(shown) if set(question) == set(pair)] for pair in MANY]
-    assert [len(numbers) for numbers in times].count(2) == 4 and max(map(len, times)) == 2
-    for numbers in times:
-        if len(numbers) == 2:
-            assert numbers[1] % 10 == 9 and numbers[1] - numbers[0] > 4
-            assert shown[numbers[0]][1:] == shown[numbers[1]][:0:-1]       # the other way round
-    assert labeling.agreement() == (4, 0)                                  # always the first text: never the same one
+    n_repeats = 0
+    for pair in MANY:
+        first, *again = [i for i, question in enumerate(shown) if set(question) == set(pair)]
+        for i in again:
+            n_repeats += 1
+            assert i % 10 == 9 and i - first > 4            # every tenth, and not just now
+            assert shown[i][1:] == shown[first][:0:-1]      # the other way round
+    assert n_repeats == 4 and labeling.agreement() == (4, 0)    # always the first text
 
 
-def test_agreement_of_one_who_knows_and_of_one_who_does_not(tmp_path):
-    labeling = Labeling(MANY, tmp_path / "mine.jsonl", n=30)
+def test_agreement(tmp_path):
+    labeling = Labeling(MANY, tmp_path / "mine.jsonl", n=10)
     while labeling.question:
         labeling.answer(taste(labeling))
-    assert labeling.agreement() == (3, 3) and "3 pairs asked twice, 3 answered alike (100%)" in labeling.status()
-    rows = [dict(prompt="p", chosen=" x", rejected=" y"), dict(prompt="p", chosen=" y", rejected=" x"),
-            dict(prompt="p", chosen=" v", rejected=" w", share=.5), dict(prompt="p", chosen=" w", rejected=" v", share=.5),
-            dict(prompt="p", chosen=" m", rejected=" n"), dict(prompt="p", chosen=" m", rejected=" n", share=.5)]
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert Labeling([], tmp_path / "other.jsonl").agreement() == (3, 1)
+    assert labeling.agreement() == (1, 1)
+    assert "1 pair asked twice, 1 with the same answer (100%)" in labeling.status()
+    tie = {"share": 0.5}
+    path = records(tmp_path / "other.jsonl", [
+        dict(prompt="p", chosen=" x", rejected=" y"), dict(prompt="p", chosen=" y", rejected=" x"),
+        dict(prompt="p", chosen=" v", rejected=" w") | tie,
+        dict(prompt="p", chosen=" w", rejected=" v") | tie,
+        dict(prompt="p", chosen=" m", rejected=" n"),
+        dict(prompt="p", chosen=" m", rejected=" n") | tie])
+    labeling = Labeling([], path)
+    assert labeling.question is None and labeling.agreement() == (3, 1)
+    assert labeling.status().startswith("6 answers") and "3 ties; 3 pairs" in labeling.status()
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path):
+def test_it_continues_where_it_was_stopped(tmp_path):
     whole, parts = Labeling(MANY, tmp_path / "whole.jsonl", n=25), tmp_path / "parts.jsonl"
     while whole.question:
         whole.answer(taste(whole))
-    for _ in range(25):                               # stopped after each answer
+    for _ in range(25):                         # stopped after each answer
         labeling = Labeling(MANY, parts, n=25)
         labeling.answer(taste(labeling))
-    assert parts.read_text() == whole.path.read_text() and Labeling(MANY, parts, n=25).question is None
-    parts.write_text(parts.read_text().rstrip("\n"))  # as an editor may leave it
+    assert parts.read_text() == whole.path.read_text()
+    assert Labeling(MANY, parts, n=25).question is None
+    parts.write_text(parts.read_text().rstrip("\n"))        # as an editor may leave it
     Labeling(MANY, parts, n=26).answer("1")
     assert len(read_jsonl(parts)) == 26
 
 
-def test_undo_asks_again_and_goes_back_as_far_as_you_like(tmp_path):
+def test_undo_goes_back_as_far_as_you_like(tmp_path):
     labeling, shown = Labeling(MANY, tmp_path / "mine.jsonl"), []
-    for _ in range(11):                               # the tenth is a repeat
+    for _ in range(11):                         # the tenth is a repeat
         shown.append(labeling.question)
         labeling.answer("1")
     following = labeling.question
     labeling = Labeling(MANY, tmp_path / "mine.jsonl")      # also after a stop
-    for question in shown[::-1]:
+    for n in reversed(range(11)):
         labeling.answer("u")
-        assert labeling.question == question and len(read_jsonl(labeling.path)) == len(labeling.rows) == shown.index(question)
-    labeling.answer("u")                              # nothing left to take back
-    assert labeling.question == shown[0]
+        assert labeling.question == shown[n]
+        assert len(read_jsonl(labeling.path)) == len(labeling.rows) == n
+    labeling.answer("u")                        # nothing left to take back
     for question in shown:
         assert labeling.question == question
         labeling.answer("2")
@@ -99,16 +108,23 @@ def test_undo_asks_again_and_goes_back_as_far_as_you_like(tmp_path):
 
 
 def test_pairs_of_files(tmp_path):
-    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    a.write_text("".join(json.dumps({"prompt": p, "completion": f" a{i}"}) + "\n" for i, p in enumerate("xxyz")))
-    b.write_text("".join(json.dumps({"prompt": p, "chosen": f" b{i}", "rejected": " a2"}) + "\n" for i, p in enumerate("xy")))
-    found = list(pairs(str(a), str(b)))
-    assert sorted(prompt for prompt, *_ in found)[:2] == ["x", "x"] and all(x[1] == "a" and x != y for _, x, y in found)
-    assert [(prompt, {x, y}) for prompt, x, y in pairs(str(a))] == [("x", {" a0", " a1"})]
-    lines = tmp_path / "lines.txt"
-    lines.write_text("".join(f"line {i}\n" for i in range(7)))
-    assert len(list(pairs(str(lines)))) == 3
-    for sources, reason in (((a, lines), "no two texts have the same prompt"), ((a, "x.pt"), "two checkpoints")):
+    a = records(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": f" a{i}"}
+                                       for i, prompt in enumerate("xxyz")])
+    b = records(tmp_path / "b.jsonl", [{"prompt": prompt, "chosen": f" b{i}", "rejected": " a2"}
+                                       for i, prompt in enumerate("xy")])
+    found = list(pairs(a, b))
+    assert [prompt for prompt, *_ in found].count("x") == 2
+    assert all(x[1] == "a" and x != y for _, x, y in found)
+    (prompt, x, y), = pairs(a)
+    assert prompt == "x" and {x, y} == {" a0", " a1"}
+    (tmp_path / "lines.txt").write_text("".join(f"line {i}\n" for i in range(7)))
+    assert len(list(pairs(str(tmp_path / "lines.txt")))) == 3
+    broken = records(tmp_path / "broken.jsonl", [{"prompt": "x", "completion": 3}])
+    same = records(tmp_path / "same.jsonl", [{"prompt": "x", "completion": "a"}] * 2000)
+    for sources, reason in (((a, tmp_path / "lines.txt"), "no two texts have the same prompt"),
+                            ((a, "x.pt"), "two checkpoints"),
+                            ((broken,), "broken.jsonl:1: 'completion' must be text"),
+                            ((same,), "1,000 pairs in a row")):
         with pytest.raises(InputError, match=reason):
             next(pairs(*map(str, sources)))
 
@@ -117,59 +133,85 @@ def test_pairs_of_checkpoints(sft_ckpt):
     """The same pairs each time, without end; the two texts answer one prompt."""
     found = list(itertools.islice(pairs(sft_ckpt, sft_ckpt), 40))
     assert found == list(itertools.islice(pairs(sft_ckpt), 40)) and len(set(found)) == 40
-    assert all(prompt.startswith("About") and x.strip() != y.strip() for prompt, x, y in found)
+    for prompt, x, y in found:
+        assert prompt.startswith("About") and x.strip() != y.strip()
     assert len({prompt for prompt, *_ in found}) > 20
 
 
-def test_in_the_terminal(sft_ckpt, tmp_path):
-    """As a reader types it: answers, a slip, an undo, quit; then once more, until n are there; then training on it."""
-    def call(*args, text=""):
-        return subprocess.run([sys.executable, ROOT / "reward_model.py", *map(str, args)], input=text, capture_output=True, text=True,
-                              encoding="utf-8", cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
-    first = call("label", sft_ckpt, "--n", 12, text="1\nwhat?\n2\nu\n2\n=\nq\n")
-    assert first.returncode == 0 and first.stderr == "", first.stderr
-    assert "] 2/12  About" in first.stdout and "3 answers in mine.jsonl, 1 of them ties" in first.stdout
-    second = call("label", sft_ckpt, "--n", 12, text="1\n" * 20)
-    assert "\n3 answers in mine.jsonl" in second.stdout and "12 answers in mine.jsonl, 1 of them ties; 1 pairs asked twice" in second.stdout
-    assert len(read_jsonl(tmp_path / "mine.jsonl")) == 12
+def test_a_policy_that_repeats_itself_comes_to_an_end(tmp_path):
+    labeling = Labeling(itertools.cycle(MANY[:3]), tmp_path / "mine.jsonl")
+    for _ in range(3):
+        labeling.answer("1")
+    assert labeling.question is None
+
+
+def test_in_the_terminal(sft_ckpt, tmp_path, monkeypatch, capsys):
+    """As a person types it: answers, a slip, an undo, quit; then again, until n are there."""
+    config = Config((sft_ckpt,), out=str(tmp_path / "mine.jsonl"), n=12)
+
+    def type_in(text):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        label.label(config)
+        return capsys.readouterr().out
+
+    first = type_in("1\nwhat?\n2\nu\n2\n=\nq\n")
+    assert "] 2/12  About" in first and f"3 answers in {config.out}, 1 tie\n" in first
+    assert f"4 answers in {config.out}" in type_in("1\n")       # the end of the input
+    last = type_in("1\n" * 20)
+    assert f"\n4 answers in {config.out}" in last
+    assert f"12 answers in {config.out}, 1 tie; 1 pair asked twice" in last
+    assert len(read_jsonl(config.out)) == 12
+
+    def interrupt(prompt):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    config.n = 13
+    assert f"train on them: python reward_model.py --data {config.out}" in type_in("")
+
+
+def test_bad_input_is_one_sentence(sft_ckpt, tmp_path):
     (tmp_path / "torn.jsonl").write_text('{"prompt": "a"\n')
-    for options, reason in (({"out": str(tmp_path / "torn.jsonl")}, "torn.jsonl:1: not JSON"), ({"sources": ("a", "b", "c")}, "one or two")):
+    for sources, out, reason in (((sft_ckpt,), "torn.jsonl", "torn.jsonl:1: this line is not JSON"),
+                                 (("a", "b", "c"), "mine.jsonl", "one or two")):
         with pytest.raises(InputError, match=reason):
-            label.label(**({"sources": (sft_ckpt,)} | options))
+            label.label(Config(sources, out=str(tmp_path / out)))
+    command = [sys.executable, "-m", "real.label", "runs/none/ckpt.pt"]
+    missing = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    assert "runs/none/ckpt.pt does not exist; check the path" in missing.stderr
 
 
 def test_the_reward_model_trains_on_it(sft_ckpt, tmp_path):
     labeling = Labeling(pairs(sft_ckpt), tmp_path / "mine.jsonl", n=30)
     while labeling.question:
         labeling.answer("12="[len(labeling.rows) % 3])
-    reward_model.train(reward_model.Config(init=sft_ckpt, data=str(labeling.path), out_dir=str(tmp_path / "rm"), batch_size=8, max_steps=4,
-                                           eval_interval=2, **CPU))
-    assert (tmp_path / "rm" / "ckpt.pt").exists() and 0 <= read_jsonl(tmp_path / "rm" / "metrics.jsonl")[-1]["accuracy"] <= 1
+    reward_model.train(reward_model.Config(
+        init=sft_ckpt, data=str(labeling.path), out_dir=str(tmp_path / "rm"), batch_size=8,
+        max_steps=2, eval_interval=2, **CPU))
+    assert 0 <= read_jsonl(tmp_path / "rm" / "metrics.jsonl")[-1]["accuracy"] <= 1
 
 
-def test_ctrl_c_and_the_end_of_input_are_goodbyes(sft_ckpt, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
-    label.label((sft_ckpt,), str(tmp_path / "mine.jsonl"))
-    assert "1 answers" in capsys.readouterr().out.splitlines()[-2]
-
-    def interrupt(prompt):
-        raise KeyboardInterrupt
-    monkeypatch.setattr("builtins.input", interrupt)
-    label.label((sft_ckpt,), str(tmp_path / "mine.jsonl"))
-    assert "1 answers" in capsys.readouterr().out.splitlines()[-2]
-
-
-def test_widget(sft_ckpt, tmp_path):
+def test_widget(tmp_path):
     pytest.importorskip("ipywidgets")
-    box = label.widget(sft_ckpt, out=str(tmp_path / "mine.jsonl"), n=2)
+    texts = records(tmp_path / "a.jsonl", [{"prompt": "<p>", "ranked": [f"{i} <", f"{i} >"]}
+                                           for i in range(4)])
+    box = label.widget(texts, out=str(tmp_path / "mine.jsonl"), n=2)
     progress, text, buttons = box.children
     one, two, tie, skip, undo = buttons.children
     shown = text.value
+    assert "<b>&lt;p&gt;</b>" in shown and shown.count(" &lt;<") + shown.count(" &gt;<") == 2
     one.click()
-    assert progress.value == 1 and text.value != shown and len(read_jsonl(tmp_path / "mine.jsonl")) == 1
+    assert progress.value == 1 and text.value != shown
+    assert len(read_jsonl(tmp_path / "mine.jsonl")) == 1
     undo.click()
     assert progress.value == 0 and text.value == shown
     skip.click()
     two.click()
     tie.click()
-    assert "That is all." in text.value and read_jsonl(tmp_path / "mine.jsonl")[1]["share"] == 0.5
+    assert "That is all." in text.value and "&nbsp;" not in text.value
+    assert two.disabled and not undo.disabled
+    assert read_jsonl(tmp_path / "mine.jsonl")[1]["share"] == 0.5
+    undo.click()
+    assert not two.disabled and "That is all." not in text.value
+    assert "runs/none/ckpt.pt does not exist" in label.widget("runs/none/ckpt.pt").value

@@ -1,234 +1,242 @@
-"""Adapters on one trunk: what they may change, and what never."""
+"""Adapters on one trunk: what they change, and what they never change."""
 
-import json
+import copy
 
 import pytest
 import torch
-from conftest import CPU
-from test_model import PROMPT, RESPONSE, close, make
+import torch.nn as nn
+from conftest import PROMPT, RESPONSE, awake, close, pairs, records, tiny, toy
 
 import dpo
-import ppo
-import reward_model
+import lora
 import sft
-from common import InputError, read_jsonl
-from lora import Adapted, adapter, add_adapter, load_adapter, megabytes, merged, prepare, save_adapter, train_only
-from model import Scorer, load_model, logprobs, save_model
+from common import InputError, TrainOptions
+from lora import AdapterView, adapter, add_adapter, prepare, set_active, train_only
+from model import RewardModel, load_model, load_reward_model, logprobs, save_model
 from optim import adamw, optimizer_step
 
 
-@pytest.fixture(params=["gpt", "palm", "t5-v1.0", "t5-v1.1"])
-def model(request):
-    return make(request.param)
-
-
-def learn(model, name, steps=3):
-    """A few updates of one adapter (and of the head, if there is one)."""
+def learn(model, name):
+    """A few updates of one adapter, and of the head, if there is one."""
     train_only(model, "adapters")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
+    optimizer = adamw(model, 1e-2)
+    for _ in range(3):
         with adapter(model, name):
-            loss = model(PROMPT, RESPONSE).sum() if isinstance(model, Scorer) else logprobs(model, PROMPT, RESPONSE).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            optimizer_step(model(PROMPT, RESPONSE).square().mean(), model, optimizer, 0.0)
+    return model
 
 
-def test_a_new_adapter_changes_nothing_and_learning_leaves_the_trunk_alone(model):
-    trunk = {name: p.clone() for name, p in model.named_parameters()}
-    logits = model.logits(PROMPT, RESPONSE)
+def output(model, name=None):
+    with adapter(model, name), torch.no_grad():
+        return model(PROMPT, RESPONSE)
+
+
+def snapshot(model):
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
+def same(weights, others):
+    return weights.keys() == others.keys() and all(
+        torch.equal(weights[name], others[name]) for name in weights)
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_an_adapter_starts_as_the_identity_and_leaves_the_trunk_alone(model):
+    trunk, logits = snapshot(model), output(model)
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     add_adapter(model, "policy", rank=4)
-    assert not any("lm_head.lora" in name for name, _ in model.named_parameters())
-    with adapter(model, "policy"):
-        assert torch.equal(model.logits(PROMPT, RESPONSE), logits)
+    assert {name for name, module in model.named_modules()
+            if isinstance(module, lora.LoRALinear)} == layers - {"lm_head"}
+    assert torch.equal(output(model, "policy"), logits)
     learn(model, "policy")
-    assert torch.equal(model.logits(PROMPT, RESPONSE), logits)             # no adapter: the reference, bit for bit
-    assert all(torch.equal(p, trunk[name]) for name, p in model.named_parameters() if name in trunk)
+    assert torch.equal(output(model), logits)                   # the reference, bit for bit
+    assert same({name: model.state_dict()[name] for name in trunk}, trunk)
+    assert not torch.allclose(output(model, "policy"), logits, atol=1e-2)
+
+
+def test_lora_is_its_equation():
+    """y = x W + b + alpha / r x A B, with A ~ N(0, 1 / inputs) and B = 0."""
+    model = toy()
+    add_adapter(model, "policy", rank=4, alpha=10.0)
+    layer, x = model.h[0].mlp.c_fc, torch.randn(5, 32)
+    a, b = layer.lora_a["policy"], layer.lora_b["policy"]
+    assert a.std().item() == pytest.approx(32 ** -0.5, rel=0.2) and not b.any()
+    nn.init.normal_(b)
     with adapter(model, "policy"):
+        close(layer(x), x @ layer.weight.T + layer.bias + 10 / 4 * x @ a @ b, atol=1e-4)
+
+
+def test_the_context_restores_what_was_active(model):
+    for name in ("a", "b"):
+        add_adapter(model, name)
+    set_active(model, "a")
+    with pytest.raises(RuntimeError), adapter(model, "b"):
         with adapter(model, None):
-            assert torch.equal(model.logits(PROMPT, RESPONSE), logits)
-        assert not torch.allclose(model.logits(PROMPT, RESPONSE), logits, atol=1e-2)
-
-
-def test_adapters_do_not_touch_each_other(model):
-    critic = Scorer(model)
-    add_adapter(critic, "policy")
-    add_adapter(critic, "value", rank=2, targets="attention")
-    train_only(critic, "adapters")
-    with adapter(critic, "value"):
-        critic(PROMPT, RESPONSE).sum().backward()
-    got = {name for name, p in critic.named_parameters() if p.grad is not None}
-    assert got == {name for name, p in critic.named_parameters() if name.endswith(".value") or name.startswith("scalar")}
-
-
-def test_merged_is_unmerged_and_comes_back(model, tmp_path):
-    add_adapter(model, "policy")
-    learn(model, "policy")
-    reference, weights = model.logits(PROMPT, RESPONSE), {n: p.clone() for n, p in model.state_dict().items()}
-    with adapter(model, "policy"):
-        logits = model.logits(PROMPT, RESPONSE)
-    with merged(model, "policy"):
-        close(model.logits(PROMPT, RESPONSE), logits, atol=1e-4)
-        save_model(tmp_path / "ckpt.pt", model)
-        with pytest.raises(InputError, match="part of the weights"), adapter(model, "policy"):
-            pass
-    assert all(torch.equal(p, weights[n]) for n, p in model.state_dict().items())
-    assert torch.equal(model.logits(PROMPT, RESPONSE), reference)
-    close(load_model(tmp_path / "ckpt.pt").logits(PROMPT, RESPONSE), logits, atol=1e-4)      # a plain model, merged once
-
-
-def test_saved_alone(model, tmp_path):
-    save_model(tmp_path / "trunk.pt", model)
-    scorer = Scorer(model)
-    add_adapter(scorer, "reward", rank=2, targets="attention")
-    learn(scorer, "reward")
-    scorer.normalize(scorer(PROMPT, RESPONSE))
-    save_adapter(tmp_path / "reward.pt", scorer, "reward")
-    assert (tmp_path / "reward.pt").stat().st_size < 0.8 * (tmp_path / "trunk.pt").stat().st_size
-    again = Scorer(load_model(tmp_path / "trunk.pt"))
-    assert load_adapter(tmp_path / "reward.pt", again) == "reward"
-    with adapter(scorer, "reward"), adapter(again, "reward"):
-        assert torch.equal(scorer(PROMPT, RESPONSE), again(PROMPT, RESPONSE))
-    with pytest.raises(InputError, match="another model"):
-        load_adapter(tmp_path / "reward.pt", Scorer(make("gpt", n_embd=16)))
-
-
-def test_checkpointing_remembers_the_adapter(model):
-    add_adapter(model, "policy")
-    learn(model, "policy")
-    grads = []
-    for model.checkpointing in (False, True):
-        model.zero_grad()
-        with adapter(model, "policy"):
-            loss = logprobs(model, PROMPT, RESPONSE).sum()
-        loss.backward()                                     # outside: no adapter is active when blocks are computed again
-        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_train_only(model):
-    scorer = Scorer(model)
-    add_adapter(scorer, "policy")
-
-    def learning():
-        return {name.removeprefix("model.") for name, p in scorer.named_parameters() if p.requires_grad}
-    train_only(scorer, "all")
-    assert len(learning()) == len(list(scorer.parameters()))
-    train_only(scorer, "last:1")
-    stack = "decoder." if model.config.arch == "t5" else ""
-    assert {name for name in learning() if not name.startswith(f"{stack}h.1.")} <= {
-        f"{stack}ln_f.weight", f"{stack}ln_f.bias", "scalar.weight", "scalar.bias"}
-    assert f"{stack}ln_f.weight" in learning() and any(name.startswith(f"{stack}h.1.") for name in learning())
-    for wrong in ("last:0", "some"):
-        with pytest.raises(InputError, match="last:k"):
-            train_only(scorer, wrong)
-    with pytest.raises(InputError, match="no adapter 'polcy'"), adapter(scorer, "polcy"):
+            assert lora.active_adapter(model) is None
+        assert lora.active_adapter(model) == "b"
+        raise RuntimeError
+    assert lora.active_adapter(model) == "a"
+    with pytest.raises(InputError, match="there is no adapter 'c'"), adapter(model, "c"):
         pass
-    with pytest.raises(InputError, match="there already"):
-        add_adapter(scorer, "policy")
+    with pytest.raises(InputError, match="there is an adapter 'b' already"):
+        add_adapter(RewardModel(model), "b")
+
+
+def test_views_share_the_weights_and_bring_their_adapter(model):
+    reward_model = RewardModel(model)
+    add_adapter(reward_model, "reward")
+    learn(reward_model, "reward")
+    policy, reference = AdapterView(model, "reward"), AdapterView(model, None)
+    score_view, how = AdapterView(reward_model, "reward"), dict(max_new_tokens=9, temperature=0)
+    assert set(policy.parameters()) == set(model.parameters())
+    logits, score = output(model, "reward"), output(reward_model, "reward")
+    with adapter(model, "reward"):
+        written = model.generate(PROMPT, **how)[0]
+    assert not torch.equal(logits, output(model)) and not torch.equal(score, output(reward_model))
+    for active in ("reward", None):                             # whatever is active outside
+        with adapter(model, active), torch.no_grad():
+            assert torch.equal(policy(PROMPT, RESPONSE), logits)
+            assert torch.equal(policy.head(policy.hidden(PROMPT, RESPONSE)), logits)
+            assert torch.equal(policy.generate(PROMPT, **how)[0], written)
+            assert torch.equal(score_view(PROMPT, RESPONSE), score)
+            assert torch.equal(reference(PROMPT, RESPONSE), output(model))
+    assert reference.config is model.config and reference.pad_token_id == model.pad_token_id
+
+# -----------------------------------------------------------------------------
+# which parameters are trained
+
+def test_last_k_is_the_last_k_blocks_and_the_norm_after_them(model):
+    reward_model, stack = RewardModel(model), "decoder." if hasattr(model, "decoder") else ""
+    trunk = {f"model.{name}" for name, _ in model.named_parameters()}
+    top = {name for name in trunk if name.startswith((f"model.{stack}h.1.", f"model.{stack}ln_f."))}
+    bottom = {name for name in trunk if name.startswith(f"model.{stack}h.0.")}
+    for what, expected in {"last:1": top, "last:2": top | bottom, "adapters": set(),
+                           "all": trunk}.items():
+        train_only(reward_model, what)
+        assert trained(reward_model) == expected | {"scalar_head.weight", "scalar_head.bias"}, what
+    for wrong in ("last:0", "last", "last:-1", "some", "last:1 "):
+        with pytest.raises(InputError, match="--trainable is all or last:k"):
+            train_only(reward_model, wrong)
+    with pytest.raises(InputError, match="--lora 4 trains an adapter alone: .* --trainable"):
+        prepare(model, TrainOptions(lora=4, trainable="last:1"), "policy")
+
+
+def gradients(model, name, name_in_backward):
+    """Of the parameters that are trained, with one adapter active, then another."""
+    model.zero_grad()
+    with adapter(model, name):
+        loss = model(PROMPT, RESPONSE).square().mean()
+    with adapter(model, name_in_backward):
+        loss.backward()
+    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_checkpointing_recomputes_and_changes_no_gradient(model, rank):
+    """Whichever adapter is active in the backward pass, and for a copy of the model."""
+    name, models, calls = "policy" if rank else None, {}, []
+    for on in (False, True):
+        models[on] = copy.deepcopy(model)
+        torch.manual_seed(0)
+        prepare(models[on], TrainOptions(lora=rank, checkpointing=on), "policy")
+        awake(models[on])
+    expected = gradients(models[False], name, name)
+    norms = [m for key, m in models[True].named_modules() if key.endswith(("h.1.ln_2", "h.1.ln"))]
+    norms[0].register_forward_hook(lambda *_: calls.append(1))
+    for inner in (name, None):
+        assert same(gradients(models[True], name, inner), expected)
+    assert len(calls) == 4                                      # twice in each pass
+    copied = copy.deepcopy(models[True])
+    awake(models[True])                                         # the original moves on
+    assert same(gradients(copied, name, None), expected)
+
+
+def test_megabytes_are_weights_gradients_and_moments():
+    weights = sum(p.nbytes for p in toy().parameters()) / 1e6
+    for rank, least, most in ((0, 3.99, 4.01), (1, 1.0, 1.5)):
+        model = toy()
+        prepare(model, TrainOptions(lora=rank), "policy")
+        optimizer = adamw(model, 1e-3)
+        optimizer_step(logprobs(model, PROMPT, RESPONSE).sum(), model, optimizer, 1.0)
+        found = lora.megabytes([model, AdapterView(model, None)], optimizer)    # shared: once
+        assert least < found / weights < most
+
+# -----------------------------------------------------------------------------
+# load and save
+
+def test_merged_is_the_active_adapter_as_a_plain_model(model, tmp_path, tok):
+    """And the model itself stays as it was: nothing is merged twice."""
+    trunk = snapshot(model)
+    add_adapter(model, "policy", rank=4)
+    set_active(learn(model, "policy"), "policy")
+    weights = snapshot(model)
+    for _ in range(2):
+        lora.save_trained(tmp_path / "ckpt.pt", model, tok, stage="dpo")
+        merged = load_model(tmp_path / "ckpt.pt")
+        close(output(merged), output(model, "policy"), atol=1e-4)
+    assert (tmp_path / "adapter.pt").exists() and same(model.state_dict(), weights)
+    assert same(lora.merged_weights(model, None), trunk)
+    lora.save_trained(tmp_path / "ckpt.pt", merged, tok)        # trained without an adapter
+    assert not (tmp_path / "adapter.pt").exists()
+
+
+def test_an_adapter_is_saved_alone_and_fits_its_own_trunk_alone(model, tmp_path, tok):
+    save_model(tmp_path / "trunk.pt", model, tok)
+    reward_model = RewardModel(model, likelihood=0.5)
+    add_adapter(reward_model, "reward", rank=2, alpha=5.0)
+    learn(reward_model, "reward").normalize(output(reward_model, "reward"))
+    lora.save_adapter(tmp_path / "reward.pt", reward_model, "reward")
+    sizes = [(tmp_path / name).stat().st_size for name in ("reward.pt", "trunk.pt")]
+    assert sizes[0] < 0.8 * sizes[1]
+    again = RewardModel(load_model(tmp_path / "trunk.pt"), likelihood=0.1)
+    assert lora.load_adapter(tmp_path / "reward.pt", again) == "reward"
+    assert torch.equal(output(again, "reward"), output(reward_model, "reward"))
+    assert not any(".lora_" in name or "scalar" in name for name in trained(again))     # frozen
+    other = RewardModel(awake(load_model(tmp_path / "trunk.pt")), likelihood=0.1)
+    with pytest.raises(InputError, match="this adapter was trained on another model"):
+        lora.load_adapter(tmp_path / "reward.pt", other)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_policy_reference_and_reward_model(tmp_path, tok, rank):
+    """Three models, or one trunk with two adapters: the policy alone moves."""
+    init, path = tmp_path / "sft" / "ckpt.pt", tmp_path / "reward_model" / "adapter.pt"
+    save_model(init, awake(toy()), tok)
+    reward_model = RewardModel(load_model(init), likelihood=0.5)
+    prepare(reward_model, TrainOptions(lora=2), "reward")
+    lora.save_trained(path.with_name("ckpt.pt"), learn(reward_model, "reward"), tok)
+    reward_model = load_reward_model(path.with_name("ckpt.pt"))         # merged
+    config = tiny(dpo, tmp_path, init, lora=rank)
+    policy, reference = lora.load_policy_and_reference(config, "cpu")
+    if rank:
+        hydra = lora.load_reward_adapter(path, policy, config)
+        assert all(name.endswith(".policy") for name in trained(policy))
+    before = output(load_model(init))
+    optimizer_step(logprobs(policy, PROMPT, RESPONSE).sum(), policy, adamw(policy, 0.1), 0.0)
+    assert torch.equal(reference(PROMPT, RESPONSE), before)
+    assert not torch.allclose(policy(PROMPT, RESPONSE), before, atol=1e-3)
+    if rank:
+        close(hydra(PROMPT, RESPONSE), reward_model(PROMPT, RESPONSE), atol=1e-4)
+        with pytest.raises(InputError, match="with: python reward_model.py --lora 4 --init "):
+            lora.load_reward_adapter(tmp_path / "none" / "adapter.pt", policy, config)
+    else:
+        assert not trained(reference)
 
 # -----------------------------------------------------------------------------
 # in the stages
 
-def test_a_view_is_the_model_with_that_adapter(model):
-    scorer = Scorer(model)
-    add_adapter(scorer, "reward")
-    learn(scorer, "reward")
-    reference = logprobs(model, PROMPT, RESPONSE)
-    with adapter(model, "reward"):
-        assert torch.equal(logprobs(Adapted(model, None), PROMPT, RESPONSE), reference)          # whatever is active outside
-        score = scorer(PROMPT, RESPONSE)
-    assert torch.equal(Adapted(scorer, "reward")(PROMPT, RESPONSE), score)
-    assert not torch.allclose(scorer(PROMPT, RESPONSE), score, atol=1e-3) and Adapted(scorer, "reward").pad_id == model.pad_id
-
-
-def small(module, folder, init, **changes):
-    """The Config of a stage for a few tiny steps, on data of its own where it takes records: a small held-out part is measured quickly."""
-    fields, data = module.Config.__dataclass_fields__, folder.parent / f"{module.__name__}.jsonl"
-    texts = {"sft": dict(completion=" I lost it."), "dpo": dict(chosen=" yes", rejected=" no")}.get(module.__name__)
-    if texts:
-        data.write_text((json.dumps({"prompt": "About a banker:"} | texts) + "\n") * 20)
-        changes = changes | dict(data=str(data))
-    sizes = dict(out_dir=str(folder), init=init, max_steps=3, batch_size=8, minibatch_size=4, max_new_tokens=6, eval_interval=3, log_interval=1,
-                 corpus_size=60, warmup_steps=1, **CPU) | changes
-    return module.Config(**{name: value for name, value in sizes.items() if name in fields})
-
-
-@pytest.fixture(scope="module")
-def hydra(tmp_path_factory, sft_ckpt):
-    """A reward model and a policy, both as adapters on the SFT model."""
-    folder = tmp_path_factory.mktemp("hydra")
-    reward_model.train(small(reward_model, folder / "reward_model", sft_ckpt, lora=2, lr=0.05))
-    ppo.train(small(ppo, folder / "ppo", sft_ckpt, reward=str(folder / "reward_model" / "ckpt.pt"), lora=4, lr=1e-2))
-    return folder
-
-
-def test_one_trunk_for_all(hydra, sft_ckpt, capsys):
-    """What ppo.py --lora computes with one trunk is what four models say: the merged reward model's score, the SFT model's log-probs."""
-    policy = load_model(sft_ckpt)
-    score_fn = ppo.load_reward_adapter(policy, small(ppo, hydra, sft_ckpt, reward=str(hydra / "reward_model" / "ckpt.pt"), lora=4))
-    assert load_adapter(hydra / "ppo" / "adapter.pt", policy) == "policy"
-    whole, reference, merged_policy = (load_model(path) for path in (hydra / "reward_model" / "ckpt.pt", sft_ckpt, hydra / "ppo" / "ckpt.pt"))
-    policy.adapters.active = "policy"
-    close(score_fn(PROMPT, RESPONSE), whole(PROMPT, RESPONSE), atol=1e-4)
-    close(logprobs(Adapted(policy, None), PROMPT, RESPONSE), logprobs(reference, PROMPT, RESPONSE), atol=0)
-    close(logprobs(policy, PROMPT, RESPONSE), logprobs(merged_policy, PROMPT, RESPONSE), atol=1e-4)
-    assert (logprobs(policy, PROMPT, RESPONSE) - logprobs(reference, PROMPT, RESPONSE)).abs().max() > 1e-3
-    rows = read_jsonl(hydra / "ppo" / "metrics.jsonl")
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl"] != pytest.approx(0, abs=1e-5)
-    assert rows[0]["first_ratio"] < 1e-5
-    assert (hydra / "ppo" / "adapter.pt").stat().st_size < 0.2 * (hydra / "ppo" / "ckpt.pt").stat().st_size
-
-
-def test_only_the_adapter_is_in_the_optimizer(sft_ckpt, tmp_path):
-    """Of what the hydra holds, the policy's adapter alone has gradients: not the trunk, not the reward model's adapter nor its head."""
-    model = load_model(sft_ckpt)
-    add_adapter(Scorer(model), "reward", 2)
-    prepare(model, small(ppo, tmp_path, sft_ckpt, lora=4), "policy")
-    learning = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert learning and all(name.endswith(".policy") for name in learning) and model.adapters.active == "policy"
-    few, all_of_it = (load_model(sft_ckpt) for _ in range(2))
-    prepare(few, small(ppo, tmp_path, sft_ckpt, lora=1), "policy")
-    bytes_ = []
-    for m in (few, all_of_it):
-        optimizer = adamw(m, 1e-3)
-        optimizer_step(logprobs(m, PROMPT, RESPONSE).sum(), m, optimizer, 1.0)
-        bytes_.append(megabytes([m], optimizer))
-    weights = sum(p.nbytes for p in all_of_it.parameters()) / 1e6
-    assert bytes_[1] == pytest.approx(4 * weights, rel=1e-3)            # weights, gradients and two moments
-    assert weights < bytes_[0] < 1.3 * weights
-
-
-def test_a_rewarded_token_becomes_likelier(sft_ckpt, tmp_path):
-    """PPO with adapters learns a reward of our own: how many words begin with a."""
-    ppo.train(small(ppo, tmp_path, sft_ckpt, batch_size=64, minibatch_size=32, max_steps=12, max_new_tokens=8, lr=1e-2, end_penalty=0.0, kl_coef=0.01,
-                    lora=4), lambda prompts, texts: [float(text.count(" a")) for text in texts])
-    rows = read_jsonl(tmp_path / "metrics.jsonl")
-    assert sum(row["score"] for row in rows[-4:]) / 4 > 1.3 * rows[0]["score"] and rows[-1]["kl"] > 0.1
-
-
-@pytest.mark.parametrize("module, changes", [(sft, dict(lora=2)), (dpo, dict(lora=2)), (sft, dict(trainable="last:1")), (dpo, dict(trainable="last:1"))])
-def test_what_learns_in_other_stages(sft_ckpt, tmp_path, module, changes):
-    """The embedding, which lies under the last block and under all adapters, stays as it was; the blocks' matrices move."""
-    module.train(small(module, tmp_path, sft_ckpt, **changes))
-    before, after = (load_model(path).state_dict() for path in (sft_ckpt, tmp_path / "ckpt.pt"))
-    assert torch.equal(before["wte.weight"], after["wte.weight"]) and not torch.equal(before["h.0.mlp.c_fc.weight"], after["h.0.mlp.c_fc.weight"])
-    assert (tmp_path / "adapter.pt").exists() == ("lora" in changes)
-
-
-def test_mistakes_with_adapters_are_said(hydra, sft_ckpt, tmp_path):
-    save_model(tmp_path / "full.pt", Scorer(load_model(sft_ckpt)), tokenizer="puns")
-    with pytest.raises(InputError, match=r"python reward_model.py --lora 4 --init .*sft/ckpt.pt"):
-        ppo.train(small(ppo, tmp_path, sft_ckpt, reward=str(tmp_path / "full.pt"), lora=4))
-    with pytest.raises(InputError, match="belongs to another model"):       # the shapes fit, the trunk is another
-        ppo.train(small(ppo, tmp_path, str(hydra / "ppo" / "ckpt.pt"), reward=str(hydra / "reward_model" / "ckpt.pt"), lora=4))
-    with pytest.raises(InputError, match="leave --trainable last:1 out"):
-        prepare(load_model(sft_ckpt), small(ppo, tmp_path, sft_ckpt, lora=4, trainable="last:1"), "policy")
-
-
-@pytest.mark.parametrize("changes", [dict(checkpointing=True), dict(checkpointing=True, lora=2)])
-def test_checkpointing_changes_no_number_of_a_run(sft_ckpt, tmp_path, changes):
-    for name, options in (("with", changes), ("without", changes | dict(checkpointing=False))):
-        dpo.train(small(dpo, tmp_path / name, sft_ckpt, **options))
-    a, b = ([{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(tmp_path / name / "metrics.jsonl")] for name in ("with", "without"))
-    assert a == b
+@pytest.mark.parametrize("options", [dict(lora=2, checkpointing=True), dict(trainable="last:1")])
+@pytest.mark.parametrize("stage", [sft, dpo])
+def test_a_stage_trains_what_its_options_say(sft_ckpt, tmp_path, stage, options):
+    """The embedding lies under the last block and under all adapters: it stays as it was."""
+    rows = [{"prompt": "About a banker:", "completion": " I lost it" + "." * i} for i in range(20)]
+    data = pairs(tmp_path) if stage is dpo else records(tmp_path / "texts.jsonl", rows)
+    stage.train(tiny(stage, tmp_path / "run", sft_ckpt, data=data, lr=1e-2, **options))
+    before = load_model(sft_ckpt).state_dict()
+    after = load_model(tmp_path / "run" / "ckpt.pt").state_dict()
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
+    assert "h.0.mlp.c_fc.weight" in moved and all(name.startswith(("h.", "ln_f")) for name in moved)
+    assert (tmp_path / "run" / "adapter.pt").exists() == ("lora" in options)

@@ -1,306 +1,385 @@
-"""The networks, the interface in front of them, log-probs and sampling. Random weights, CPU, seconds."""
+"""The networks and the interface in front of them: random weights, hand numbers, and parity."""
 
 import math
+import random
+import re
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from conftest import EOS, PAD, PROMPT, RESPONSE, ROOT, VARIANTS, awake, close, ids, toy
 
+import model as net
 from common import InputError
-from model import (
-    ModelConfig,
-    Scorer,
-    attend,
-    build_model,
-    load_model,
-    logprobs,
-    relative_buckets,
-    rotary_angles,
-    rotate,
-    sample,
-    sampling_logprobs,
-    save_model,
-)
+from model import ModelConfig, RewardModel, logprobs
+from real.pretrained import FAMILIES, change_layout, published_config, their_name
 
-V, PAD, END = 50, 50, 1
-VARIANTS = {"gpt": {}, "palm": {}, "palm-xpos-qk_norm": {"xpos": True, "qk_norm": True},
-            "t5-v1.0": {"gated": False}, "t5-v1.1": {"gated": True}}
+MASK = RESPONSE != PAD
 
 
-def make(name, **sizes):
-    """A tiny model, in eval mode, none of whose weights is 0 or 1."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": V, "end_id": END, "start_id": 0, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32} | sizes
-    model = build_model(ModelConfig(arch=name.split("-")[0], **VARIANTS[name], **sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-@pytest.fixture(params=VARIANTS)
-def model(request):
-    return make(request.param)
-
-
-def ids(*rows):
-    return torch.tensor(rows)
-
-
-PROMPT = ids([PAD, PAD, 7, 8, 9], [2, 3, 4, 5, 6], [PAD, PAD, PAD, PAD, 11])
-RESPONSE = ids([10, 11, END, PAD], [12, 13, 14, END], [15, END, PAD, PAD])
-
-
-def close(a, b, atol=1e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
+@pytest.mark.parametrize("options, message", [
+    (dict(arch="rnn"), "--arch is gpt or palm or t5, not 'rnn'"),
+    (dict(n_embd=30, n_head=4), "--n_embd 30 is not a multiple of --n_head 4"),
+    (dict(arch="palm", n_embd=12, n_head=4), "must be even")])
+def test_sizes_that_cannot_work_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        ModelConfig(**options)
 
 # -----------------------------------------------------------------------------
-# the interface, the same for all
+# the interface, the same for every architecture (the fixture `model`)
 
 def test_padding_changes_nothing(model):
-    logits, scorer = model.logits(PROMPT, RESPONSE), Scorer(model)
-    scores = scorer(PROMPT, RESPONSE)
-    for i, (prompt, response) in enumerate(zip(PROMPT, RESPONSE, strict=True)):
-        prompt, response = prompt[prompt != PAD][None], response[response != PAD][None]     # the row alone
-        close(logits[i:i + 1, :response.size(1)], model.logits(prompt, response))
-        close(scores[i:i + 1], scorer(prompt, response))
-        more = F.pad(prompt, (3, 0), value=PAD), F.pad(response, (0, 2), value=PAD)
-        close(logits[i:i + 1, :response.size(1)], model.logits(*more)[:, :response.size(1)])
-        close(scores[i:i + 1], scorer(*more))
+    """A row of a batch has the numbers that it has alone, and with more padding."""
+    reward_model = RewardModel(model, likelihood=0.5)
+    logits, scores = model(PROMPT, RESPONSE), reward_model(PROMPT, RESPONSE)
+    for i in range(3):
+        prompt, response = PROMPT[i][PROMPT[i] != PAD][None], RESPONSE[i][MASK[i]][None]
+        R = response.size(1)
+        for left, right in ((0, 0), (3, 2)):
+            row = F.pad(prompt, (left, 0), value=PAD), F.pad(response, (0, right), value=PAD)
+            close(model(*row)[0, :R], logits[i, :R])
+            close(reward_model(*row)[0], scores[i])
 
 
-def test_what_stands_in_a_pad_is_never_read(model):
-    real = RESPONSE != PAD
-    logits, embed = model.logits(PROMPT, RESPONSE)[real], model.embed
-    model.embed = lambda tokens: embed(tokens) + (tokens == PAD)[..., None] * torch.randn(*tokens.shape, 32)
-    close(model.logits(PROMPT, RESPONSE)[real], logits)
+def test_an_empty_prompt_gives_numbers(model):      # a softmax over nothing would be NaN
+    logits = [model(torch.full((1, n), PAD), RESPONSE[:1]) for n in (1, 3)]
+    assert logits[0].isfinite().all()
+    close(*logits)
 
 
-def test_an_empty_prompt_is_no_nan(model):
-    empty = torch.full((1, 3), PAD)
-    assert model.logits(empty, RESPONSE[:1]).isfinite().all()
-    close(model.logits(empty, RESPONSE[:1]), model.logits(empty[:, :1], RESPONSE[:1]))
-
-
-def test_a_state_sees_the_response_before_it_and_the_whole_prompt(model):
-    logits, later = model.logits(PROMPT, RESPONSE), RESPONSE.clone()
-    later[:, 2:] = 20
-    close(model.logits(PROMPT, later)[:, :3], logits[:, :3])        # [:, 2] predicts response[:, 2] and does not see it
-    for i in range(PROMPT.size(1)):
+def test_a_state_sees_the_prompt_and_the_response_before_it(model):
+    logits = model(PROMPT, RESPONSE)
+    for t in range(4):
+        changed = RESPONSE.clone()
+        changed[1, t] = 9
+        difference = (model(PROMPT, changed) - logits)[1].abs().amax(dim=-1)
+        assert (difference[:t + 1] == 0).all() and (difference[t + 1:] > 1e-3).all()
+    for i in range(5):
         changed = PROMPT.clone()
-        changed[1, i] = 21
-        assert not torch.allclose(model.logits(changed, RESPONSE)[1], logits[1], atol=1e-3)
+        changed[1, i] = 9
+        difference = (model(changed, RESPONSE) - logits)[1].abs().amax(dim=-1)
+        assert (difference > 1e-3).all()
 
 
-def test_cached_generation_is_uncached_generation(model):
-    response, _ = model.generate(PROMPT, 12, temperature=0)
-    model.config.end_id = -1                                        # let all rows run on
-    long, _ = model.generate(PROMPT, 12, temperature=0)
-    slow = PROMPT.new_empty(len(PROMPT), 0)
-    for _ in range(12):
-        logits = model.logits(PROMPT, F.pad(slow, (0, 1), value=0))[:, -1]
-        slow = torch.cat([slow, logits.argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(long, slow)
-    real = response != PAD
-    assert torch.equal(response[real], long[:, :response.size(1)][real])
+def test_response_embeddings_are_read_in_place_of_tokens(model):
+    """With a gradient for the tokens that a state has read, and for no other."""
+    embeddings = model.embed(RESPONSE).detach().requires_grad_()
+    other = torch.where(MASK, 4, PAD)
+    x = model.hidden(PROMPT, other, embeddings)
+    close(x[MASK], model.hidden(PROMPT, RESPONSE)[MASK])
+    x[1, 2].sum().backward()
+    read = embeddings.grad.abs().sum(dim=-1) > 0
+    assert read.tolist() == [[False] * 4, [True, True, False, False], [False] * 4]
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"top_k": 5}, {"temperature": 1.3, "top_p": 0.8}])
-def test_logprobs_of_generate_are_those_of_logprobs(model, how):
-    end = model.config.end_id = model.generate(PROMPT[:1], 1, temperature=0)[0].item()      # a token that is written often
-    prompt = PROMPT.repeat(20, 1)
-    response, logp = model.generate(prompt, 8, generator=torch.Generator().manual_seed(0), **how)
-    close(logp, logprobs(model, prompt, response, **how).detach())
-    ended = (response == end).cumsum(1) - (response == end).long() > 0          # behind the end token: pads, and log-prob 0
-    assert torch.equal(response == PAD, ended) and (logp[ended] == 0).all() and (logp[~ended] < 0).all()
-    assert ended.any() and (response[~ended] < V).all() and model.pad_id == V != end
+@pytest.mark.parametrize("name, n_calls", [
+    ("gpt", 1 + 2 * 2), ("palm", 1 + 2), ("t5-v1.1", 4 + 2 * 2 + 2 * 3)])
+def test_dropout_acts_in_training_alone(name, n_calls):
+    """On the embeddings (T5: and on final states), and on each branch of the two blocks."""
+    plain = awake(toy(n_layer=2, **VARIANTS[name]))
+    model, calls = awake(toy(n_layer=2, dropout=0.5, **VARIANTS[name])), []
+    assert torch.equal(model(PROMPT, RESPONSE), plain(PROMPT, RESPONSE))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda m, x, y: calls.append(m.p))
+    assert not torch.equal(model.train()(PROMPT, RESPONSE), model(PROMPT, RESPONSE))
+    assert calls == [0.5] * n_calls * 2
 
 
-def test_one_hot_vectors_are_ids_with_a_gradient(model):
-    vectors = F.one_hot(RESPONSE, V + 1)[..., :V].float().requires_grad_()
-    assert torch.equal(model.hidden(PROMPT, vectors), model.hidden(PROMPT, RESPONSE))
-    model.hidden(PROMPT, vectors)[:, 2].sum().backward()
-    moved = vectors.grad.abs().sum(-1) > 0
-    assert moved[1].tolist() == [True, True, False, False]                     # the state at 2 has read two tokens
-    wte = model.wte.weight.grad.clone()
-    model.zero_grad()
-    model.hidden(PROMPT, RESPONSE)[:, 2].sum().backward()
-    close(model.wte.weight.grad, wte)
+def test_texts_up_to_the_block_and_no_longer(model):
+    """The last token is never read. T5's block holds a prompt and, beside it, a response."""
+    room = 33 if model.config.arch == "t5" else 28
+    response = torch.randint(0, 11, (1, room + 1))
+    assert model(PROMPT[1:2], response[:, :room]).isfinite().all()
+    assert model.generate(PROMPT, room)[0].size(0) == 3
+    for too_long in (lambda: model(PROMPT[1:2], response),
+                     lambda: model(torch.full((1, 40), 3), RESPONSE[:1]),
+                     lambda: model.generate(PROMPT, room + 1)):
+        with pytest.raises(InputError, match="tokens do not fit this model's block of 32 tokens"):
+            too_long()
 
 
-def test_logprobs_are_the_log_softmax(model):
-    logp = model.logits(PROMPT, RESPONSE).log_softmax(-1)
-    close(logp.exp().sum(-1), torch.ones(3, 4))
-    for i, t in (RESPONSE != PAD).nonzero().tolist():
-        close(logprobs(model, PROMPT, RESPONSE)[i, t], logp[i, t, RESPONSE[i, t]])
-        close(logprobs(model, PROMPT, RESPONSE, 0.5)[i, t], (2 * logp[i, t]).log_softmax(-1)[RESPONSE[i, t]])
+@pytest.mark.parametrize("arch", ["gpt", "palm"])
+def test_pads_need_no_room_in_the_block(arch):
+    """A batch of a long prompt and a long response is wider than the block; its rows are not."""
+    model = awake(toy(arch=arch, block_size=9))
+    prompt, response = ids([1] * 7, [PAD] * 6 + [2]), ids([3, EOS] + [PAD] * 6, [5] * 7 + [EOS])
+    together = logprobs(model, prompt, response)
+    close(together[:1, :2], logprobs(model, prompt[:1], response[:1, :2]))
+    close(together[1:], logprobs(model, prompt[1:, -1:], response[1:]))
 
 
-def test_checkpointing_changes_no_number(model):
-    grads = []
-    for model.checkpointing in (False, True):
-        model.zero_grad()
-        logprobs(model, PROMPT, RESPONSE).sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_checkpointing_recomputes(model):
-    calls, model.checkpointing = [], True
-    block = next(m for m in model.modules() if type(m).__name__.endswith("Block"))
-    block.register_forward_pre_hook(lambda *_: calls.append(1))
-    logprobs(model, PROMPT, RESPONSE).sum().backward()
-    assert len(calls) == 2
-
-
-def test_nothing_stays_on_the_cpu(model):
-    meta = model.to("meta")             # a device without numbers, which takes the way that GPUs take, and refuses to mix
-    assert meta.logits(PROMPT.to("meta"), RESPONSE.to("meta")).shape == (3, 4, V)
-
-
-@pytest.mark.parametrize("wrap", [lambda model: model, Scorer])
-def test_save_and_load(model, wrap, tmp_path):
-    model = wrap(model)
-    save_model(tmp_path / "ckpt.pt", model, tokenizer="puns")
-    again = load_model(tmp_path / "ckpt.pt")
-    function = "forward" if wrap is Scorer else "logits"
-    assert torch.equal(getattr(model, function)(PROMPT, RESPONSE), getattr(again, function)(PROMPT, RESPONSE))
-    assert again.tokenizer == "puns" and not again.training and again.config == model.config
-
-
-def test_too_long_is_said(model):
-    with pytest.raises(InputError, match="block of 32"):
-        model.logits(torch.full((1, 40), 3), RESPONSE[:1])
-    with pytest.raises(InputError, match="block of 32"):
-        model.generate(PROMPT, 40)
-
-
-def test_scorer_reads_the_end_token_and_normalizes(model):
-    scorer = Scorer(model)
-    x = model.hidden(PROMPT[1:2], F.pad(RESPONSE[1:2], (0, 1), value=PAD))[:, 4]     # the state that has read all four tokens
-    close(scorer(PROMPT[1:2], RESPONSE[1:2]), scorer.scalar(x).squeeze(-1))
-    for _ in range(2):
-        scorer.normalize(scorer(PROMPT, RESPONSE))
-        scores = scorer(PROMPT, RESPONSE)
-        close(scores.mean(), torch.tensor(0.0))
-        close(scores.std(correction=0), torch.tensor(1.0))
+def test_tensors_stay_on_one_device(model):
+    """The device `meta` takes the way of a GPU, computes nothing, and refuses to mix."""
+    logits = model.to("meta")(PROMPT.to("meta"), RESPONSE.to("meta"))
+    assert logits.shape == (3, 4, 12) and logits.device.type == "meta"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_new_model_knows_nothing(name):
+    """It costs about ln V a token. T5's logits start with a variance of 1, which costs 1/2 more."""
     torch.manual_seed(0)
-    model = build_model(ModelConfig(arch=name.split("-")[0], **VARIANTS[name], vocab_size=1000, end_id=END, start_id=END))
-    tokens = torch.randint(2, 1000, (2, 16, 20))
-    assert -logprobs(model, *tokens).mean().item() == pytest.approx(math.log(1000), abs=0.1 if name[0] != "t" else 0.8)
-
-
-def test_sizes_that_cannot_work_are_refused():
-    for wrong in ({"arch": "rnn"}, {"n_embd": 30, "n_head": 4}, {"arch": "palm", "n_embd": 12, "n_head": 4}):
-        with pytest.raises(InputError):
-            ModelConfig(**wrong)
+    config = ModelConfig(**VARIANTS[name], vocab_size=1000, decoder_start_token_id=0)
+    model = net.build_model(config)
+    nll = -logprobs(model, *torch.randint(2, 1000, (2, 16, 20))).mean().item()
+    assert nll == pytest.approx(math.log(1000) + 0.5 * (name[:2] == "t5"), abs=0.25)
+    stds = {key: p.std().item() for key, p in model.named_parameters() if p.dim() == 2}
+    if name == "gpt":       # four layers add to the residual stream twice each
+        assert stds["h.0.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.05)
+        assert stds["h.0.attn.c_proj.weight"] == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+        assert not model.h[0].mlp.c_fc.bias.any()
+    if name == "t5-v1.1":
+        assert stds["encoder.h.0.attn.q.weight"] == pytest.approx((128 * 32) ** -0.5, rel=0.05)
 
 # -----------------------------------------------------------------------------
 # parts, against hand numbers and straight lines
 
-def test_positions_do_not_count_pads():
-    model, seen = make("gpt"), []
-    model.wpe.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
-    model.trunk(ids([PAD, PAD, 5, 6, 7]))
-    assert seen[0].tolist() == [[0, 0, 0, 1, 2]]
-
-
-def test_attend_is_sdpa():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 1, 7, 8), torch.randn(2, 1, 7, 8)     # multi-query
-    bias = torch.randn(2, 4, 5, 7).masked_fill(torch.rand(2, 4, 5, 7) < 0.3, -math.inf)
-    k4, v4 = k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1)
-    close(attend(q, k, v, bias, 0.3), F.scaled_dot_product_attention(q, k4, v4, attn_mask=bias, scale=0.3))
-
-
-def test_rotary_by_hand():
-    # head size 4: frequencies 1 and .01; the pairs are (x0, x2) and (x1, x3). At position 2 the angles are 2 and .02
-    x, angles = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), rotary_angles(ids([2]), 4)
-    close(angles.flatten(), torch.tensor([2.0, 0.02]))
-    by_hand = [math.cos(2) - 3 * math.sin(2), 2 * math.cos(0.02) - 4 * math.sin(0.02),
-               3 * math.cos(2) + math.sin(2), 4 * math.cos(0.02) + 2 * math.sin(0.02)]
-    close(rotate(x, angles).flatten(), torch.tensor(by_hand))
-    close(torch.tensor(by_hand), torch.tensor([-3.14404, 1.91961, -0.33914, 4.03920]), atol=1e-4)
-
-
-def test_relative_buckets_by_hand():
-    # 32 buckets, 16 a side, 8 of them exact; 8 + 8 log(15/8) / log(128/8) = 9.8; keys on the right come 16 later
-    both = torch.tensor([0, -1, 1, -7, -8, -15, 15, -127, -128, 1000])
-    assert relative_buckets(both, 32, 128, causal=False).tolist() == [0, 1, 17, 7, 8, 9, 25, 15, 15, 31]
-    # 16 exact; 16 + 16 log(40/16) / log(128/16) = 23.05; the future, which is masked, shares bucket 0
-    causal = torch.tensor([5, 0, -1, -15, -16, -40, -127, -128, -1000])
-    assert relative_buckets(causal, 32, 128, causal=True).tolist() == [0, 0, 1, 15, 16, 23, 31, 31, 31]
-
-
-@pytest.mark.parametrize("name", ["palm", "palm-xpos-qk_norm"])
-def test_palm_is_its_equations(name):
+def test_palm_is_its_equations():
     """y = x + MLP(LN(x)) + Attention(LN(x)), one position and one head at a time."""
-    model, tokens = make(name, n_head=2, head_size=6, n_inner=40), [3, 4, 5, 6, 7]
+    model = awake(toy(arch="palm", n_layer=2, n_head=2, head_size=6, n_inner=40))
+    tokens = [3, 4, 5, 6, 7]
     x = [model.wte.weight[token] for token in tokens]
 
     def norm(x, gain):
         return (x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + 1e-5) * gain
 
-    def turn(x, n, sign):      # RoPE as complex numbers; xPos scales q by zeta^n and k by zeta^-n
-        i = torch.arange(3)
-        zeta = ((2 * i / 6 + 0.4) / 1.4) ** (sign * n / 512) if model.config.xpos else 1
-        z = torch.complex(x[:3], x[3:]) * torch.exp(1j * n * 10000 ** (-2 * i / 6)) * zeta
+    def turn(x, n):         # rotary positions as complex numbers
+        z = torch.complex(x[:3], x[3:]) * torch.exp(1j * n * 10000 ** (-2 * torch.arange(3) / 6))
         return torch.cat([z.real, z.imag])
 
     for block in model.h:
-        q_gain, k_gain = (block.q_norm.weight, block.k_norm.weight) if model.config.qk_norm else (None, None)
         Wq, Wk, Wv, Wgate, Wvalue = block.c_fused.weight.split([12, 6, 6, 40, 40])
-        y = [norm(xi, block.ln.weight) for xi in x]
-        k = [turn(Wk @ yi if k_gain is None else norm(Wk @ yi, k_gain), n, -1) for n, yi in enumerate(y)]
-        new = []
-        for n, yi in enumerate(y):
+        y = [norm(xn, block.ln.weight) for xn in x]
+        keys = [turn(Wk @ yn, n) for n, yn in enumerate(y)]
+        values = [Wv @ yn for yn in y]
+        for n, yn in enumerate(y):
             heads = []
-            for q in (Wq @ yi).split(6):
-                q = turn(q if q_gain is None else norm(q, q_gain), n, 1)
-                weights = torch.stack([q @ k[m] / math.sqrt(6) for m in range(n + 1)]).softmax(0)
-                heads.append(sum(w * (Wv @ y[m]) for m, w in enumerate(weights)))
-            gate = Wgate @ yi
-            mlp = block.mlp_proj.weight @ (gate * torch.sigmoid(gate) * (Wvalue @ yi))       # SwiGLU
-            new.append(x[n] + mlp + block.attn_proj.weight @ torch.cat(heads))
-        x = new
-    logits = torch.stack([model.wte.weight @ norm(xi, model.ln_f.weight) for xi in x])
-    close(model.logits(ids(tokens[:2]), ids([*tokens[2:], 9]))[0], logits[1:])
+            for q in (Wq @ yn).split(6):
+                att = torch.stack([turn(q, n) @ key / math.sqrt(6) for key in keys[:n + 1]])
+                heads.append(att.softmax(dim=0) @ torch.stack(values[:n + 1]))
+            gate = Wgate @ yn
+            mlp = block.mlp_proj.weight @ (gate * torch.sigmoid(gate) * (Wvalue @ yn))
+            x[n] = x[n] + mlp + block.attn_proj.weight @ torch.cat(heads)
+    logits = torch.stack([model.wte.weight @ norm(xn, model.ln_f.weight) for xn in x])
+    close(model(ids(tokens[:2]), ids([*tokens[2:], 9]))[0], logits[1:], atol=1e-4)
+
+
+def test_relative_buckets_by_hand():
+    """Of 32 buckets the encoder has 16 a side, 8 of them exact; those on the right come 16 later.
+
+    Distance 15: 8 + 8 log(15 / 8) / log(128 / 8) = 9.8. In the decoder 16 are exact.
+    Distance 40: 16 + 16 log(40 / 16) / log(128 / 16) = 23.05."""
+    both = torch.tensor([0, -1, 1, -7, -8, -15, 15, -127, -128, 1000])
+    expected = [0, 1, 17, 7, 8, 9, 25, 15, 15, 31]
+    assert net.relative_buckets(both, 32, 128, causal=False).tolist() == expected
+    causal = torch.tensor([5, 0, -1, -15, -16, -40, -127, -128, -1000])
+    expected = [0, 0, 1, 15, 16, 23, 31, 31, 31]        # the future is masked, in any bucket
+    assert net.relative_buckets(causal, 32, 128, causal=True).tolist() == expected
 
 # -----------------------------------------------------------------------------
-# sampling
+# parity with transformers
 
-def test_top_k_and_top_p():
-    p = torch.tensor([0.15, 0.5, 0.05, 0.3])
-    close(sampling_logprobs(p.log(), top_p=0.9).exp(), torch.tensor([0.15, 0.5, 0, 0.3]) / 0.95)
-    close(sampling_logprobs(p.log(), top_p=0.5).exp(), torch.tensor([0, 1.0, 0, 0]))
-    close(sampling_logprobs(p.log(), top_k=2).exp(), torch.tensor([0, 0.5, 0, 0.3]) / 0.8)
-    close(sampling_logprobs(p.log(), top_k=9).exp(), p)
-    close(sampling_logprobs(p.log(), temperature=0.5).exp(), p ** 2 / (p ** 2).sum())
-    close(sampling_logprobs(p.log(), temperature=0).exp(), torch.tensor([0, 1.0, 0, 0]))
-
-
-def test_sample_draws_from_the_distribution():
-    p, n = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0]), 100_000
-    drawn = sample(p.log().expand(n, -1), torch.Generator().manual_seed(0)).bincount(minlength=6) / n
-    assert ((drawn - p).abs() <= 4 * (p * (1 - p) / n).sqrt()).all()      # and so 0 where p is 0
+def their_logits(model, prompt, response):
+    mask = prompt != PAD
+    prompt, response = prompt.masked_fill(~mask, 0), response.masked_fill(response == PAD, 0)
+    if model.config.is_encoder_decoder:
+        decoder_input = F.pad(response[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
+        return model(prompt, attention_mask=mask, decoder_input_ids=decoder_input).logits
+    mask = F.pad(mask, (0, response.size(1)), value=True).long()
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    tokens = torch.cat([prompt, response], dim=1)
+    logits = model(tokens, attention_mask=mask, position_ids=positions).logits
+    return logits[:, prompt.size(1) - 1:-1]
 
 
-def test_sample_never_draws_the_impossible(monkeypatch):
-    logp = torch.tensor([[-math.inf, 0.5, -math.inf, 0.5, -math.inf]]).log_softmax(-1)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["gpt", "t5-v1.0", "t5-v1.1"])
+def test_logits_and_gradients_are_those_of_transformers(name, seed):
+    """Of a model of random sizes there that gets our weights."""
+    transformers, rng = pytest.importorskip("transformers"), random.Random(seed)
+    n_head, head_size = rng.choice([2, 3]), rng.choice([4, 6])
+    sizes = dict(n_layer=rng.choice([1, 2]), n_head=n_head, n_inner=24, block_size=48)
+    if name == "gpt":
+        sizes["n_embd"] = n_head * head_size
+    else:
+        n_buckets, max_distance = rng.choice([(8, 16), (32, 128), (16, 30)])
+        sizes |= dict(head_size=head_size, n_buckets=n_buckets, max_distance=max_distance)
+    ours = awake(toy(seed, **VARIANTS[name], **sizes | dict(decoder_start_token_id=7)))
+    family = FAMILIES[ours.config.arch]
+    config = transformers.AutoConfig.for_model(**published_config(ours.config, {}, 0))
+    theirs = getattr(transformers, family.class_name)(config).eval()
+    if name == "t5-v1.1":           # not tied, but it shares the embedding even so
+        theirs.lm_head.weight = nn.Parameter(torch.zeros(PAD, 32))
+    weights = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for key, p in ours.named_parameters():
+            weights[their_name(family, key)].copy_(change_layout(family, key, p))
+
+    prompt, response = torch.randint(0, PAD, (3, 18)), torch.randint(0, PAD, (3, 20))
+    prompt[0, :3] = prompt[2, :17] = response[1, 3:] = PAD
+    mask = response != PAD
+    logits = their_logits(theirs, prompt, response)
+    close(ours(prompt, response)[mask], logits[mask], atol=1e-4)
+    (-logprobs(ours, prompt, response).sum() / mask.sum()).backward()
+    F.cross_entropy(logits[mask], response[mask]).backward()
+    for key, p in ours.named_parameters():
+        gradient = weights[their_name(family, key)].grad
+        close(change_layout(family, key, p.grad), gradient, atol=1e-4)
+
+# -----------------------------------------------------------------------------
+# sampling and log-probs
+
+def test_cached_generation_is_the_full_pass_and_reads_each_token_once(model):
+    short, _ = model.generate(PROMPT, 12, temperature=0)
+    widths = []     # of all inputs of linear layers
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda module, x, y: widths.append(x[0].size(-2)))
+    model.config.eos_token_id = -1                              # no response ends
+    long, _ = model.generate(PROMPT, 12, temperature=0)
+    n_linear = sum(isinstance(layer, nn.Linear) for layer in model.modules())
+    assert set(widths) <= {1, 3, 5}                             # a token, a head's batch, a prompt
+    assert widths.count(5) <= n_linear and widths.count(1) <= 12 * n_linear
+    slow = PROMPT.new_empty(3, 0)
+    for _ in range(12):
+        logits = model(PROMPT, F.pad(slow, (0, 1)))[:, -1]
+        slow = torch.cat([slow, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    assert torch.equal(long, slow)
+    mask = short != PAD
+    assert torch.equal(short[mask], long[:, :short.size(1)][mask])
+
+
+@pytest.mark.parametrize("how", [{}, dict(temperature=0.7), dict(top_k=5), dict(temperature=0),
+                                 dict(temperature=1.3, top_k=9, top_p=0.8)])
+def test_generate_returns_the_logprobs_of_what_it_drew(model, how):
+    eos = model.generate(PROMPT[:1], 1, temperature=0)[0].item()        # a frequent token
+    model.config.eos_token_id = eos
+    prompt = PROMPT.repeat(20, 1)
+    response, logp = model.generate(prompt, 8, rng=torch.Generator().manual_seed(0), **how)
+    close(logp, logprobs(model, prompt, response, **how).detach())
+    # The end token counts; pads follow it, and nothing else is a pad.
+    is_eos = response == eos
+    ended = is_eos.cumsum(dim=1) - is_eos.long() > 0
+    assert torch.equal(response == PAD, ended) and ended.any()
+    assert (logp[ended] == 0).all() and logp.isfinite().all()
+    alone, _ = model.generate(PROMPT[:1], 8, temperature=0)
+    assert alone.tolist() == [[eos]]                            # stops when all have ended
+
+
+def test_logprobs_are_the_log_softmax(model):
+    logp = model(PROMPT, RESPONSE).log_softmax(dim=-1)
+    found, cold = logprobs(model, PROMPT, RESPONSE), logprobs(model, PROMPT, RESPONSE, 0.5)
+    assert not found[~MASK].any() and not cold[~MASK].any()
+    for i, t in MASK.nonzero().tolist():
+        close(found[i, t], logp[i, t, RESPONSE[i, t]])
+        close(cold[i, t], (2 * logp[i, t]).log_softmax(dim=-1)[RESPONSE[i, t]])
+    half = net.logprobs_from_logits(torch.randn(3, 4, 12).bfloat16(), RESPONSE, 0.7)
+    assert half.dtype == torch.float32
+
+
+P = torch.tensor([0.15, 0.5, 0.05, 0.3])
+
+
+@pytest.mark.parametrize("how, expected", [
+    (dict(top_p=0.9), torch.tensor([0.15, 0.5, 0, 0.3]) / 0.95),
+    (dict(top_p=0.5), torch.tensor([0, 1.0, 0, 0])),
+    (dict(top_k=2), torch.tensor([0, 0.5, 0, 0.3]) / 0.8),
+    (dict(top_k=9), P),
+    (dict(top_k=2, top_p=0.6), torch.tensor([0, 1.0, 0, 0])),       # 0.5 / 0.8 is enough
+    (dict(temperature=0.5), P ** 2 / (P ** 2).sum()),
+    (dict(temperature=0.5, top_p=0.9), torch.tensor([0, 0.25, 0, 0.09]) / 0.34),
+    (dict(temperature=0), torch.tensor([0, 1.0, 0, 0]))])
+def test_sampling_by_hand(how, expected):
+    logits = P.log() + 3
+    close(net.sampling_logprobs(logits.repeat(2, 1), **how).exp(), expected.repeat(2, 1))
+
+
+def test_sample_never_draws_a_token_of_probability_0(monkeypatch):
+    logp = torch.tensor([[-math.inf, 0.5, -math.inf, 0.5, -math.inf]]).log_softmax(dim=-1)
     for u in (0.0, 0.5, 1 - 2 ** -24):      # the smallest and the largest that rand() gives
         monkeypatch.setattr(torch, "rand", lambda *_, u=u, **__: torch.tensor([[u]]))
-        assert sample(logp).item() in (1, 3)
+        assert net.sample(logp).item() in (1, 3)
 
 
 def test_generate_draws_from_the_exact_distribution():
-    model, n = make("t5-v1.1", vocab_size=4, end_id=1, start_id=0), 40_000
-    prompt = ids([2, 3])
-    response, _ = model.generate(prompt.expand(n, -1), 2, generator=torch.Generator().manual_seed(0))
+    model, n = awake(toy(arch="t5", vocab_size=4, eos_token_id=1)), 20_000
+    prompt, rng = ids([2, 3]), torch.Generator().manual_seed(0)
+    response, _ = model.generate(prompt.expand(n, -1), 2, rng=rng)
     for a in range(4):
-        for b in [4] if a == 1 else range(4):     # what follows the end is the pad, 4
+        for b in [4] if a == 1 else range(4):                   # only a pad, 4, follows the end
             p = logprobs(model, prompt, ids([a, b])).sum().exp().item()
-            assert (response == ids([a, b])).all(1).float().mean().item() == pytest.approx(p, abs=4 * math.sqrt(p / n))
+            frequency = (response == ids([a, b])).all(dim=1).float().mean().item()
+            assert frequency == pytest.approx(p, abs=4 * math.sqrt(p / n))
+
+# -----------------------------------------------------------------------------
+# the reward model
+
+def test_a_score_is_read_after_the_end_token_and_adds_the_likelihood(model):
+    reward_model = RewardModel(model, likelihood=0.25)
+    scores, likelihood = reward_model(PROMPT, RESPONSE), logprobs(model, PROMPT, RESPONSE).sum(1)
+    x = model.hidden(PROMPT, F.pad(RESPONSE, (0, 1), value=PAD))        # (3, 5, C)
+    for i, length in enumerate([3, 4, 2]):                      # with the end token
+        raw = reward_model.scalar_head(x[i, length])[0]
+        close(scores[i], raw + 0.25 * likelihood[i])
+    scores.sum().backward()                                     # all of it is trained
+    close(reward_model.likelihood.grad, likelihood.sum())
+    assert reward_model.scalar_head.bias.grad.item() == 3
+    assert reward_model.scalar_head.weight.grad.any() and model.wte.weight.grad.any()
+
+
+def test_normalize_gives_mean_0_and_deviation_1():
+    reward_model = RewardModel(awake(toy()))
+    for _ in range(2):                                          # once more changes nothing
+        reward_model.normalize(reward_model(PROMPT, RESPONSE))
+        scores = reward_model(PROMPT, RESPONSE)
+        close(scores.mean(), torch.tensor(0.0))
+        close(scores.std(correction=0), torch.tensor(1.0))
+
+# -----------------------------------------------------------------------------
+# load and save
+
+@pytest.mark.parametrize("wrap, load", [
+    (lambda model: model, net.load_model), (RewardModel, net.load_reward_model),
+    (lambda model: RewardModel(model, likelihood=0.5), net.load_reward_model)])
+def test_save_and_load(model, wrap, load, tmp_path, tok):
+    model = wrap(model).train()
+    if isinstance(model, RewardModel):
+        model.normalize(torch.tensor([1.0, 4.0]))
+    net.save_model(tmp_path / "ckpt.pt", model, tok, accuracy=0.9)
+    again = load(tmp_path / "ckpt.pt")
+    assert torch.equal(again(PROMPT, RESPONSE), model.eval()(PROMPT, RESPONSE))
+    trunk = getattr(again, "model", again)
+    assert (trunk.tokenizer, trunk.tokenizer_fingerprint) == ("puns", tok.fingerprint)
+    assert again.config == model.config and not trunk.training
+    assert net.read_checkpoint(tmp_path / "ckpt.pt")["accuracy"] == 0.9
+
+
+def test_a_bad_checkpoint_is_one_sentence(tmp_path, tok):
+    good = tmp_path / "good.pt"
+    net.save_model(good, toy(), tok)
+    net.save_model(tmp_path / "reward.pt", RewardModel(toy()), tok)
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:-500])
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    torch.save(ModelConfig(), tmp_path / "pickle.pt")           # would run code to be loaded
+    for name, reason in {"reward.pt": "holds a reward model; a language model is needed here",
+                         "cut.pt": "is damaged or is not a checkpoint of wordplay",
+                         "pickle.pt": "is damaged or is not a checkpoint of wordplay",
+                         "foreign.pt": "is not a checkpoint of this version of wordplay",
+                         "": "is a folder; name the checkpoint in it: .*ckpt.pt",
+                         "runs/sft/ckpt.pt": r"does not exist; make it with: python sft\.py$",
+                         "runs/nonsense/ckpt.pt": "does not exist; check the path$"}.items():
+        with pytest.raises(InputError, match=reason) as error:
+            net.load_model(tmp_path / name)
+        assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="holds a language model; a reward model is needed here"):
+        net.load_reward_model(good)
+
+
+def test_no_pickle_is_ever_loaded():
+    """Every torch.load has weights_only=True, and no module that unpickles is imported."""
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("real/*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in paths)
+    loads = re.findall(r"torch\.load\(.*", code)
+    assert len(loads) >= 4 and all("weights_only=True" in line for line in loads)
+    assert not re.search(r"^\s*(import|from) (pickle|dill|joblib|shelve|marshal)", code, re.M)

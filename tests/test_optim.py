@@ -1,28 +1,139 @@
-"""The optimizer of the SFT stage."""
+"""Optimizers, the schedule, and one step."""
+
+import copy
 
 import pytest
 import torch
-from conftest import toy
+import torch.nn as nn
+from conftest import PROMPT, RESPONSE, awake, close, toy
 
-from optim import Muon, orthogonalize, set_lr
-
-
-@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)])
-def test_orthogonalize_makes_all_singular_values_about_one(shape):
-    """And keeps the directions: U S V^T becomes about U V^T."""
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 7
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    result = orthogonalize(torch.stack([matrix, torch.eye(*shape)]))[0]      # each on its own
-    assert result.shape == shape and result.dtype == matrix.dtype
-    values = torch.linalg.svdvals(result)
-    assert values.min() > 0.5 and values.max() < 1.3
-    assert torch.nn.functional.cosine_similarity(result.flatten(), (u @ v).flatten(), dim=0) > 0.95
+import optim
+from common import TrainOptions
+from lora import prepare
+from model import RewardModel, logprobs
+from optim import Muon, adamw, optimizer_step, orthogonalize, set_lr
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
+def test_adamw_decays_matrices_alone():
     model = toy()
-    optimizer = Muon(model, 1e-2)
-    inside, rest = optimizer.param_groups[0]["params"], [p for group in optimizer.param_groups[1:] for p in group["params"]]
-    assert {id(p) for p in inside} == {id(p) for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
-    assert len(inside) + len(rest) == len(list(model.parameters())) and not {id(p) for p in inside} & {id(p) for p in rest}
-    assert set_lr(optimizer, 1e-2, 50, 100) == 5e-3 and {group["lr"] for group in optimizer.adamw.param_groups} == {5e-3}
+    model.wte.requires_grad_(False)                 # is not trained, and so in no group
+    optimizer = adamw(model, 1e-3, 0.1, betas=(0.5, 0.95), eps=1e-5, without=[model.ln_f.weight])
+    assert optimizer.defaults["betas"] == (0.5, 0.95) and optimizer.defaults["eps"] == 1e-5
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups
+             for p in group["params"]}
+    for name, p in model.named_parameters():
+        expected = None if name in ("wte.weight", "ln_f.weight") else 0.1 * (p.dim() == 2)
+        assert decay.get(id(p)) == expected, name
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(model):
+    """Embeddings, T5's position bias, and the heads are AdamW's, though they are matrices."""
+    optimizer = Muon(RewardModel(model), 1e-2)
+    name_of = {id(p): name for name, p in RewardModel(model).named_parameters()}
+    muon, *rest = [[name_of.get(id(p), "scalar_head") for p in group["params"]]
+                   for group in optimizer.param_groups]
+    heads = ("wte", "wpe", "relative", "lm_head")
+    assert set(muon) == {f"model.{name}" for name, p in model.named_parameters()
+                         if p.dim() == 2 and not any(head in name for head in heads)}
+    assert len(muon + sum(rest, [])) == len(name_of)
+
+
+def newton_schulz(matrix):
+    """What orthogonalize() does, by singular values: U S V^T -> U f(S) V^T, f(S) near 1."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    return (u * s) @ v
+
+
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-4), (True, 0.05)])
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32)])
+def test_orthogonalize_is_newton_schulz(monkeypatch, shape, bf16, tolerance):
+    """In bfloat16 where the hardware has it, else in float32."""
+    dtypes, baddbmm = set(), torch.baddbmm
+
+    def baddbmm_and_note(x, *args, **options):
+        dtypes.add(x.dtype)
+        return baddbmm(x, *args, **options)
+
+    monkeypatch.setattr(optim, "supports_bf16", lambda device: bf16)
+    monkeypatch.setattr(torch, "baddbmm", baddbmm_and_note)
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape) * torch.tensor([7, 1, 1e-3])[:, None, None]
+    result = orthogonalize(matrices)
+    assert dtypes == {torch.bfloat16 if bf16 else torch.float32}
+    assert result.dtype == torch.float32
+    for matrix, found in zip(matrices, result, strict=True):        # each on its own
+        close(found, newton_schulz(matrix), atol=tolerance, rtol=0)
+        assert 0.3 < torch.linalg.svdvals(found).min() < torch.linalg.svdvals(found).max() < 1.3
+
+
+def test_muon_is_its_equations(monkeypatch):
+    """m <- 0.95 m + g; W <- (1 - lr wd) W - 0.067 lr sqrt(max(shape)) O(g + 0.95 m)."""
+    monkeypatch.setattr(optim, "supports_bf16", lambda device: False)
+    model = awake(toy(arch="palm"))
+    slow, lr, decay = copy.deepcopy(model), 0.1, 0.2
+    inside = {name: p for name, p in slow.named_parameters() if name[0] == "h" and p.dim() == 2}
+    optimizer, momenta = Muon(model, lr, decay), dict.fromkeys(inside, 0)
+    rest = adamw(slow, lr, decay, without=inside.values())
+    for _ in range(3):
+        for m in (model, slow):
+            m.zero_grad()
+            logprobs(m, PROMPT, RESPONSE).sum().backward()
+        optimizer.step()
+        rest.step()
+        for name, p in inside.items():
+            momenta[name] = 0.95 * momenta[name] + p.grad
+            update = newton_schulz(p.grad + 0.95 * momenta[name]) * 0.067 * max(p.shape) ** 0.5
+            p.data = (1 - lr * decay) * p.data - lr * update
+    for p, expected in zip(model.parameters(), slow.parameters(), strict=True):
+        close(p, expected, atol=1e-4)
+
+
+def test_muon_resumes():
+    models = [awake(toy())]
+    optimizers = [Muon(models[0], 0.1)]
+    for n_steps in (1, 2):
+        for _ in range(n_steps):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                set_lr(optimizer, 0.1, n_steps, 10)
+                optimizer_step(logprobs(model, PROMPT, RESPONSE).sum(), model, optimizer, 1.0)
+        if n_steps == 1:
+            models.append(copy.deepcopy(models[0]))
+            optimizers.append(Muon(models[1], 0.1))
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
+
+
+def test_adapters_of_any_rank_train_with_muon():
+    for rank, n_matrices in ((2, 8), (1, 0)):       # those of rank 1 are vectors: AdamW's
+        model = awake(toy())
+        prepare(model, TrainOptions(lora=rank), "policy")
+        optimizer = Muon(model, 0.1)
+        assert len(optimizer.matrices) == n_matrices
+        optimizer_step(logprobs(model, PROMPT, RESPONSE).sum(), model, optimizer, 1.0)
+
+
+def test_learning_rate_by_hand():
+    """Up to the top in 4 steps, then down to zero over the other 16."""
+    optimizer = Muon(toy(), 0.0)
+    rates = []
+    for step in range(20):
+        rates.append(set_lr(optimizer, 2.0, step, 20, 4))
+        groups = optimizer.param_groups + optimizer.adamw.param_groups
+        assert {group["lr"] for group in groups} == {rates[-1]}
+    up, down = [0.5, 1.0, 1.5, 2.0], [2 * (20 - step) / 16 for step in range(4, 20)]
+    assert rates == pytest.approx(up + down)
+    assert [set_lr(optimizer, 1.0, step, 4) for step in range(4)] == [1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("grad_clip, expected", [(0.5, 0.5), (0.0, 1000.0), (5000.0, 1000.0)])
+def test_a_step_clips_the_gradient_of_this_loss(grad_clip, expected):
+    """The gradient of 1000 w is 1000, whatever an earlier backward pass has left."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), model.weight.item()
+    (7 * model.weight.sum()).backward()
+    norm = optimizer_step(1000 * model.weight.sum(), model, optimizer, grad_clip)
+    assert norm == pytest.approx(1000)              # before the clip
+    assert before - model.weight.item() == pytest.approx(expected, rel=1e-4)

@@ -1,4 +1,4 @@
-"""PPO: its arithmetic against hand-computed numbers and loops, KL estimators against the exact KL, and that it learns."""
+"""PPO: its arithmetic by hand and against loops, its KL estimates, and what it learns."""
 
 import copy
 import math
@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CPU, END, PAD, awake, ids, off, toy
+from conftest import CPU, EOS, PAD, awake, ids, off, records, tiny, toy
 
 import ppo
+import reward_model
 from common import InputError, read_jsonl
-from model import logprobs
+from data import measure, tokenizer_of
+from model import RewardModel, load_model, load_reward_model, logprobs, save_model
 from optim import adamw
 
 ALL = torch.ones(1, 3, dtype=torch.bool)
@@ -21,12 +23,19 @@ def t(*values):
     return torch.tensor(values)
 
 
+def mask_of(*lengths):
+    """True on the first tokens of each row."""
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
 def close(actual, expected, atol=1e-4):
-    torch.testing.assert_close(torch.as_tensor(actual).float(), torch.as_tensor(expected).float(), atol=atol, rtol=0)
+    actual, expected = torch.as_tensor(actual).float(), torch.as_tensor(expected).float()
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 def config(**changes):
-    return ppo.Config(**(dict(batch_size=8, minibatch_size=4, max_new_tokens=6, warmup_steps=0, **CPU) | changes))
+    sizes = dict(batch_size=8, minibatch_size=4, max_new_tokens=6, warmup_steps=0, **CPU)
+    return ppo.Config(**(sizes | changes))
 
 
 def head(size=32):
@@ -36,31 +45,40 @@ def head(size=32):
     return linear
 
 
-def rollout_of(policy, cfg, reference=None, score_fn=None, value_head=None, seed=0):
+def count_3(prompt, response):
+    return (response == 3).sum(dim=1).float()
+
+
+def rollout_of(policy, cfg, reference=None, score_fn=count_3, value_head=None, seed=0):
     """A rollout of a toy policy: prompts of mixed length, a score that depends on the text."""
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(0, END, (cfg.batch_size, 4), generator=generator)
+    rng = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(0, EOS, (cfg.batch_size, 4), generator=rng)
     prompt[::3, :2] = PAD
-    score_fn = score_fn or (lambda prompt, response: (response == 3).sum(1).float())
-    return ppo.make_rollout(policy, value_head or head(), reference or toy(seed=1), score_fn, prompt, cfg, generator)
+    return ppo.make_rollout(policy, value_head or head(), reference or toy(seed=1), score_fn,
+                            prompt, cfg, rng)
+
+
+def updated(policy, value_head, optimizer, rollout, cfg, kl_coef):
+    """One update by a rollout. Returns its metrics."""
+    advantages, returns = ppo.compute_advantages(rollout, cfg, kl_coef)
+    return ppo.update(policy, value_head, optimizer, rollout, advantages, returns, cfg, off)
+
+
+def column(folder, name):
+    return [row[name] for row in read_jsonl(folder / "metrics.jsonl") if name in row]
 
 # -----------------------------------------------------------------------------
 # whitening, rewards, GAE
 
-def test_whiten():
-    """The numbers of "The N Implementation Details of RLHF with PPO": mean 1.6, biased variance 1/15, so (1.2 - 1.6) / .2582 = -1.5492."""
+def test_whiten_by_hand():
+    """Mean 1.6, biased variance 1/15, so (1.2 - 1.6) / .2582 = -1.5492."""
     x = t([1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0])
-    mask = torch.ones(3, 3, dtype=torch.bool)
-    expected = t([.0508, .4381, .8254], [1.2127, 1.6, 1.9873], [2.3746, 2.7619, 3.1492])
-    close(ppo.whiten(x, mask, shift_mean=False), expected)
-    close(ppo.whiten(x, mask), expected - 1.6)
-    white = ppo.whiten(x, mask)
-    close(white.mean(), 0.0)
-    close(white.var(correction=0), 1.0)
+    white = ppo.whiten(x, torch.ones(3, 3, dtype=torch.bool))
+    close(white, [[-1.5492, -1.1619, -.7746], [-.3873, 0, .3873], [.7746, 1.1619, 1.5492]])
 
 
 def test_whiten_sees_real_tokens_only():
-    x, mask = torch.randn(3, 4), t([1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]).bool()
+    x, mask = torch.randn(3, 4), mask_of(4, 2, 1)
     white = ppo.whiten(x, mask)
     close(white[mask].mean(), 0.0)
     close((white[mask] ** 2).mean(), 1.0)
@@ -70,374 +88,472 @@ def test_whiten_sees_real_tokens_only():
         ppo.whiten(torch.randn(1, 1), torch.ones(1, 1, dtype=torch.bool))
 
 
-def test_masked_mean_with_pads_full_of_rubbish():
-    """20 real tokens of log-prob -2 and 33 pads that hold 1.0: the sum of -logp is 40 nats, not 40 - 33 = 7."""
+def test_masked_mean_is_over_tokens_and_sees_no_pads():
+    """20 tokens of log-prob -2 and 33 pads that hold 1: 40 nats, not 40 - 33 = 7."""
     logp, mask = torch.full((1, 53), 1.0), torch.arange(53)[None] < 20
     logp[mask] = -2
     assert ppo.masked_mean(-logp, mask).item() * 20 == pytest.approx(40)
+    close(ppo.masked_mean(t([1.0, 1.0, 1.0], [5.0, 9.0, 9.0]), mask_of(3, 1)), 2.0)    # not 3
 
 
 def test_gae_by_hand():
-    """deltas: 1 - .3 = .7, .02 + .3 - .4 = -.08, -.05 + .4 - .5 = -.15; A_2 = .7, A_1 = -.08 + .95 * .7 = .585, A_0 = -.15 + .95 * .585."""
+    """deltas: 1 - .3 = .7, .02 + .3 - .4 = -.08, -.05 + .4 - .5 = -.15;
+    A_2 = .7, A_1 = -.08 + .95 * .7 = .585, A_0 = -.15 + .95 * .585 = .40575."""
     advantages, returns = ppo.gae(t([-.05, .02, 1.0]), t([.5, .4, .3]), ALL, 1.0, 0.95)
     close(advantages, [[.40575, .585, .7]])
     close(returns, [[.90575, .985, 1.0]])
 
 
-def test_score_on_the_end_token():
-    """All values .5, score 1 on the end token: A = .5, 0 + .95 * .5 = .475, .45125. On the first pad it would be .48, .456, .4332."""
+def test_the_score_lands_on_the_end_token():
+    """All values .5, score 1: A = .5, .95 * .5 = .475, .45125."""
     rewards = ppo.token_rewards(t(1.0), torch.zeros(1, 3), torch.zeros(1, 3), ALL, 0.1)
     close(rewards, [[0.0, 0.0, 1.0]])
-    close(ppo.gae(rewards, torch.full((1, 3), .5), ALL, 1.0, 0.95)[0], [[.45125, .475, .5]])
+    advantages, _ = ppo.gae(rewards, torch.full((1, 3), .5), ALL, 1.0, 0.95)
+    close(advantages, [[.45125, .475, .5]])
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
-def test_gae_against_its_definition(gamma, lam):
-    """A_t = sum_k (gamma lam)^k delta_{t+k}, row by row, over the real tokens alone; pads give 0 and take part in nothing."""
+def test_gae_is_its_definition(gamma, lam):
+    """A_t = sum_k (gamma lam)^k delta_{t+k}, over real tokens alone; it is 0 on pads."""
     torch.manual_seed(0)
-    rewards, values = torch.randn(4, 6), torch.randn(4, 6)
-    lengths = [6, 4, 2, 1]
-    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    rewards, values, lengths = torch.randn(4, 6), torch.randn(4, 6), [6, 4, 2, 1]
+    mask = mask_of(*lengths)
     advantages, returns = ppo.gae(rewards * mask, values, mask, gamma, lam)
     for i, n in enumerate(lengths):
         v = values[i, :n].tolist() + [0.0]
         delta = [rewards[i, j].item() + gamma * v[j + 1] - v[j] for j in range(n)]
         expected = [sum((gamma * lam) ** k * delta[j + k] for k in range(n - j)) for j in range(n)]
         close(advantages[i, :n], expected)
-        close(returns[i, :n], [a + b for a, b in zip(expected, v, strict=False)])
+        close(returns[i, :n], torch.tensor(expected) + values[i, :n])
     assert (advantages[~mask] == 0).all()
-    if lam == 1:      # Monte Carlo: the return is the sum of what is still to come
+    if lam == 1:        # Monte Carlo: the return is the sum of all that is still to come
         close(returns[0, 0], sum(gamma ** k * rewards[0, k].item() for k in range(6)))
 
 
-def test_the_score_reaches_exactly_one_token():
-    """Mixed lengths: two scores make rewards that differ at one token a row, the last real one, by exactly the difference."""
-    mask = t([1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]).bool()
-    logp, ref = torch.randn(3, 4) * mask, torch.randn(3, 4) * mask
-    low, high = (ppo.token_rewards(score, logp, ref, mask, 0.3) for score in (torch.zeros(3), t(1.0, 2.0, 3.0)))
+def test_the_score_reaches_one_token_and_every_token_pays_for_its_kl():
+    mask = mask_of(4, 2, 1)
+    logp, ref_logp = torch.randn(3, 4) * mask, torch.randn(3, 4) * mask
+    low = ppo.token_rewards(torch.zeros(3), logp, ref_logp, mask, 0.3)
+    high = ppo.token_rewards(t(1.0, 2.0, 3.0), logp, ref_logp, mask, 0.3)
     close(high - low, [[0, 0, 0, 1], [0, 2, 0, 0], [3, 0, 0, 0]], atol=1e-6)
-    close(low, -0.3 * (logp - ref), atol=1e-6)          # and every token pays for its distance
+    close(low, -0.3 * (logp - ref_logp), atol=1e-6)
     assert (high[~mask] == 0).all()
 
 
 def test_a_score_for_each_token():
-    mask, score = t([1, 1, 1], [1, 1, 0]).bool(), t([.1, .2, .3], [.4, .5, 9.0])
-    close(ppo.token_rewards(score, torch.zeros(2, 3), torch.zeros(2, 3), mask, 0.1), [[.1, .2, .3], [.4, .5, 0]])
+    mask, score, zeros = mask_of(3, 2), t([.1, .2, .3], [.4, .5, 9.0]), torch.zeros(2, 3)
+    close(ppo.token_rewards(score, zeros, zeros, mask, 0.1), [[.1, .2, .3], [.4, .5, 0]])
     for wrong in (torch.zeros(2, 2), torch.zeros(2, 1)):
-        with pytest.raises(AssertionError, match="one number a response"):
-            ppo.token_rewards(wrong, torch.zeros(2, 3), torch.zeros(2, 3), mask, 0.1)
+        with pytest.raises(AssertionError, match="one a token"):
+            ppo.token_rewards(wrong, zeros, zeros, mask, 0.1)
 
 
 def test_shapes_never_broadcast():
-    """(4,) - (4, 1) is (4, 4): the functions refuse, rather than compute an average of the wrong things."""
-    with pytest.raises(AssertionError):
-        ppo.gae(torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool), 1, 1)
-    with pytest.raises(AssertionError):
-        ppo.policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool), .2)
-    with pytest.raises(AssertionError):
-        ppo.value_loss(torch.zeros(3), torch.zeros(3), torch.zeros(3, 1), torch.ones(3, dtype=torch.bool), .2)
+    """(4,) - (4, 1) is (4, 4): the functions refuse to average the wrong things."""
+    a, b, mask = torch.zeros(2, 3), torch.zeros(2, 1), torch.ones(2, 3, dtype=torch.bool)
+    for call in (lambda: ppo.gae(a, b, mask, 1, 1), lambda: ppo.policy_loss(a, a, b, mask, .2),
+                 lambda: ppo.value_loss(a, a, b, mask, .2)):
+        with pytest.raises(AssertionError):
+            call()
 
 # -----------------------------------------------------------------------------
 # the losses
 
 def test_policy_loss_by_hand():
-    """A = 1 -1 1 -1 at ratios 1.5 1.5 .5 .5: max(-1.5, -1.2) = -1.2; max(1.5, 1.2) = 1.5; max(-.5, -.8) = -.5; max(.5, .8) = .8."""
-    ratio, advantages = t([1.5, 1.5, .5, .5]), t([1.0, -1.0, 1.0, -1.0])
-    mask = torch.ones(1, 4, dtype=torch.bool)
+    """A = 1, -1, 1, -1 at ratios 1.5, 1.5, .5, .5:
+    max(-1.5, -1.2) = -1.2; max(1.5, 1.2) = 1.5; max(-.5, -.8) = -.5; max(.5, .8) = .8."""
+    ratio, advantages, zeros = t([1.5, 1.5, .5, .5]), t([1.0, -1.0, 1.0, -1.0]), torch.zeros(1, 4)
     for i, expected in enumerate([-1.2, 1.5, -.5, .8]):
         one = torch.arange(4)[None] == i
-        close(ppo.policy_loss(ratio.log(), torch.zeros(1, 4), advantages, one, 0.2)[0], expected)
-    loss, info = ppo.policy_loss(ratio.log(), torch.zeros(1, 4), advantages, mask, 0.2)
+        close(ppo.policy_loss(ratio.log(), zeros, advantages, one, 0.2)[0], expected)
+    loss, metrics = ppo.policy_loss(ratio.log(), zeros, advantages, mask_of(4), 0.2)
     close(loss, .15)
-    close(info["ratio"], 1.0)
-    close(info["clipfrac"], 1.0)
-    close(info["approx_kl"], 0.5 * sum(math.log(x) ** 2 for x in (1.5, 1.5, .5, .5)) / 4)
+    close(metrics["ratio"], 1.0)
+    close(metrics["clipfrac"], 1.0)
+    close(metrics["approx_kl"], 0.5 * sum(math.log(x) ** 2 for x in (1.5, 1.5, .5, .5)) / 4)
+    _, metrics = ppo.policy_loss(t([1.1, 1.5, .9, .7]).log(), zeros, advantages, mask_of(4), 0.2)
+    close(metrics["clipfrac"], .5)
 
 
 def test_value_loss_by_hand():
-    """V = 1, 0 with V_old = .5, R = 1: clipped to .7 and .3; .5 max(0, .09) = .045 and .5 max(1, .49) = .5; mean .2725."""
+    """V = 1 and 0, V_old = .5, R = 1: V is clipped to .7 and .3;
+    .5 max(0, .09) = .045 and .5 max(1, .49) = .5; mean .2725."""
     values, old, returns = t([1.0, 0.0]), t([.5, .5]), t([1.0, 1.0])
     for i, expected in enumerate([.045, .5]):
         close(ppo.value_loss(values, old, returns, torch.arange(2)[None] == i, 0.2), expected)
-    close(ppo.value_loss(values, old, returns, torch.ones(1, 2, dtype=torch.bool), 0.2), .2725)
+    close(ppo.value_loss(values, old, returns, mask_of(2), 0.2), .2725)
 
 
-def test_what_stands_in_pads_changes_nothing_and_the_mask_counts():
+def test_pads_change_no_loss_and_tokens_do():
     torch.manual_seed(1)
-    mask = t([1, 1, 1, 1], [1, 1, 0, 0]).bool()
-    more = t([1, 1, 1, 1], [1, 1, 1, 0]).bool()
-    a, b, c = (torch.randn(2, 4) for _ in range(3))
-    rubbish = [x.masked_fill(~mask, value) for x, value in ((a, 2.0), (b, -1.0), (c, 5.0))]
-    for loss in (lambda x, y, z, m: ppo.policy_loss(x, y, z, m, 0.2)[0], lambda x, y, z, m: ppo.value_loss(x, y, z, m, 0.2),
-                 lambda x, y, z, m: ppo.policy_loss(x, y, z, m, 0.2)[1]["clipfrac"],
-                 lambda x, y, z, m: ppo.policy_loss(x, y, z, m, 0.2)[1]["approx_kl"]):
-        close(loss(*rubbish, mask), loss(a, b, c, mask), atol=1e-6)
-    for loss in (lambda x, y, z, m: ppo.policy_loss(x, y, z, m, 0.2)[0], lambda x, y, z, m: ppo.value_loss(x, y, z, m, 0.2)):
-        assert abs(loss(a, b, c, more) - loss(a, b, c, mask)) > 1e-3
+    mask, more = mask_of(4, 2), mask_of(4, 3)
+    tensors = [torch.randn(2, 4) for _ in range(3)]
+    garbage = [x.masked_fill(~mask, value) for x, value in zip(tensors, (2, -1, 5), strict=True)]
+
+    def numbers(x, m):
+        loss, metrics = ppo.policy_loss(*x, m, 0.2)
+        return t(loss, ppo.value_loss(*x, m, 0.2), metrics["clipfrac"], metrics["approx_kl"])
+
+    close(numbers(garbage, mask), numbers(tensors, mask), atol=1e-6)
+    assert ((numbers(tensors, more) - numbers(tensors, mask)).abs()[:2] > 1e-3).all()
 
 
-def test_adaptive_kl_coef():
-    """beta .15, target 6, horizon 10,000, 64 responses: KL 3 -> error -.5, cut to -.2 -> .15 (1 - .2 * .0064) = .149808; 12 -> +.2."""
+def test_adaptive_kl_coef_by_hand():
+    """beta .15, target 6, horizon 10,000, 64 responses. KL 3: the error of -.5 is cut to -.2,
+    and beta becomes .15 (1 - .2 * .0064) = .149808."""
     for kl, expected in ((3, .149808), (6, .15), (12, .150192), (6.6, .15 * (1 + .1 * .0064))):
         assert ppo.adapt_kl_coef(.15, kl, 6, 10_000, 64) == pytest.approx(expected, abs=1e-9)
 
 
-def test_group_advantages():
-    """R = 1 2 3 6. rloo: 1 - 11/3 = -2.6667, 2 - 10/3, 3 - 9/3 = 0, 6 - 6/3 = 4. grpo: mean 3, unbiased std sqrt(14/3) = 2.1602."""
-    r = t(1.0, 2.0, 3.0, 6.0)
-    close(ppo.group_advantages(r, 4, "rloo"), [-2.6667, -1.3333, 0, 4])
-    close(ppo.group_advantages(r, 4, "grpo"), [-.92578, -.46289, 0, 1.38867])
-    two = ppo.group_advantages(t(1.0, 2.0, 3.0, 6.0, 5.0, 5.0, 5.0, 5.0), 4, "rloo")
-    close(two, [-2.6667, -1.3333, 0, 4, 0, 0, 0, 0])          # groups are neighbors, one does not see another
-    for kind in ("rloo", "grpo"):                             # answers that are all alike teach nothing, and are no NaN
+def test_group_advantages_by_hand():
+    """R = 1, 2, 3, 6. rloo: 1 - 11/3 = -2.6667, 2 - 10/3 = -1.3333, 3 - 9/3 = 0, 6 - 6/3 = 4.
+    grpo: mean 3, unbiased std sqrt(14/3) = 2.1602."""
+    rewards = t(1.0, 2.0, 3.0, 6.0)
+    close(ppo.group_advantages(rewards, 4, "rloo"), [-2.6667, -1.3333, 0, 4])
+    close(ppo.group_advantages(rewards, 4, "grpo"), [-.92578, -.46289, 0, 1.38867])
+    two = ppo.group_advantages(torch.cat([rewards, torch.full((4,), 5.0)]), 4, "rloo")
+    close(two, [-2.6667, -1.3333, 0, 4, 0, 0, 0, 0])    # groups are neighbors and do not mix
+    for kind in ("rloo", "grpo"):                       # equal responses teach nothing, not NaN
         close(ppo.group_advantages(torch.full((6,), 2.0), 3, kind), [0.0] * 6)
 
 
-def test_group_baselines_charge_for_the_kl_of_the_sequence():
-    """R <- score - beta sum_t k1_t, then the advantage of the group, the same on all real tokens."""
-    mask = t([1, 1, 1], [1, 1, 0]).bool()
-    logp, ref = t([-1.0, -1.0, -1.0], [-1.0, -2.0, 0.0]), t([-1.5, -1.0, -2.0], [-1.0, -1.0, 0.0])
-    rollout = SimpleNamespace(score=t(1.0, 2.0), logp=logp, ref_logp=ref, mask=mask)
-    advantages, _ = ppo.advantages_of(rollout, config(baseline="rloo", group_size=2), 0.1)
+def test_group_baselines_charge_for_the_kl_of_the_response():
+    """R = score - beta sum_t k1_t; all tokens of a response share its advantage."""
+    mask = mask_of(3, 2)
+    logp, ref_logp = t([-1.0, -1.0, -1.0], [-1.0, -2.0, 0.0]), t([-1.5, -1, -2], [-1.0, -1, 0])
+    rollout = SimpleNamespace(score=t(1.0, 2.0), logp=logp, ref_logp=ref_logp, mask=mask)
+    cfg = config(baseline="rloo", group_size=2)
+    advantages, _ = ppo.compute_advantages(rollout, cfg, 0.1)
     a, b = 1 - .1 * (.5 + 0 + 1.0), 2 - .1 * (0 - 1.0)
     close(advantages, [[a - b, a - b, a - b], [b - a, b - a, 0]])
 
+
+def test_explained_variance_by_hand():
+    """Returns 1, 3: variance 1. Values 1, 2: mean squared error .5. So 1 - .5 / 1 = .5."""
+    returns, mask = t([1.0, 3.0, 99.0]), t([True, True, False])
+    assert ppo.explained_variance(t([1.0, 2.0, 0.0]), returns, mask) == pytest.approx(.5)
+    assert ppo.explained_variance(returns, returns, mask) == 1
+    assert ppo.explained_variance(t([2.0, 2.0, 0.0]), returns, mask) == pytest.approx(0)
+    assert ppo.explained_variance(t([1.0, 2.0, 3.0]), torch.ones(1, 3), ALL) == 0
+
 # -----------------------------------------------------------------------------
-# KL: estimators in their expectation, and what gradient each place of the penalty has
+# KL: estimators in their expectation, and the gradient of each place for the penalty
 
 def two_softmaxes(n=20, seed=0):
     torch.manual_seed(seed)
-    return torch.randn(n, dtype=torch.float64, requires_grad=True), torch.randn(n, dtype=torch.float64).log_softmax(0)
+    logits = torch.randn(n, dtype=torch.float64, requires_grad=True)
+    return logits, torch.randn(n, dtype=torch.float64).log_softmax(0)
 
 
 def test_kl_estimators_in_expectation():
-    """sum_x pi(x) k(x) over all x: k1 and k3 are exactly KL(pi || ref), k2 is near it only while the two are close; k3 is never negative."""
-    logits, ref = two_softmaxes(50)
+    """sum_x pi(x) k(x): k1 and k3 give KL(pi || ref) exactly, k2 does not; k3 is never negative."""
+    logits, ref_logp = two_softmaxes(50)
     logp = logits.detach().log_softmax(0)
-    k1, k2, k3 = ppo.kl_estimates(logp, ref)
-    exact = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=logp), torch.distributions.Categorical(logits=ref))
-    assert exact > 0.3
+    k1, k2, k3 = ppo.kl_estimates(logp, ref_logp)
+    pi, ref = (torch.distributions.Categorical(logits=x) for x in (logp, ref_logp))
+    exact = torch.distributions.kl_divergence(pi, ref)
     close((logp.exp() * k1).sum(), exact, atol=1e-6)
     close((logp.exp() * k3).sum(), exact, atol=1e-6)
-    assert (k3 >= 0).all() and (k1 < 0).any()
-    assert abs((logp.exp() * k2).sum() - exact) > 0.01        # biased
-    wrong = (logp - ref).expm1() - (logp - ref)               # with the ratio upside down: not the KL
-    assert (logp.exp() * wrong).sum() > 1.2 * exact
-    for k in ppo.kl_estimates(logp, logp):
-        assert (k == 0).all()
+    assert exact > 0.3 and (k3 >= 0).all() and (k1 < 0).any()
+    close(k2, 0.5 * (logp - ref_logp) ** 2)
+    assert all((k == 0).all() for k in ppo.kl_estimates(logp, logp))
 
 
 def expected_gradient(logits, per_token):
-    """Gradient of sum_x sg(pi(x)) f(x): what sampling x ~ pi and differentiating f(x) gives on average."""
+    """Gradient of sum_x sg(pi(x)) f(x): what sampling x ~ pi and differentiating f gives."""
     logp = logits.log_softmax(0)
     return torch.autograd.grad((logp.detach().exp() * per_token(logp)).sum(), logits)[0]
 
 
 def test_the_penalty_in_the_reward_has_the_gradient_of_the_kl():
-    """k1 in the reward (REINFORCE: grad log pi times the reward, here negated) and k2 as a loss: grad KL(pi || ref). k1 as a loss: nothing at
-    all. k3 as a loss: grad KL(ref || pi)."""
-    logits, ref = two_softmaxes()
+    """So has k2 as a loss. k1 as a loss has none, and k3 has that of KL(ref || pi)."""
+    logits, ref_logp = two_softmaxes()
     logp = logits.log_softmax(0)
-    reverse = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)[0]
-    forward = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits)[0]
-    in_reward = expected_gradient(logits, lambda logp: -logp * ppo.token_rewards(
-        torch.zeros(20).double(), logp.detach()[:, None], ref[:, None], torch.ones(20, 1, dtype=torch.bool), 1.0)[:, 0])
-    close(in_reward, reverse, atol=1e-6)
-    close(expected_gradient(logits, lambda logp: ppo.kl_estimates(logp, ref)[1]), reverse, atol=1e-6)
-    close(expected_gradient(logits, lambda logp: ppo.kl_estimates(logp, ref)[0]), torch.zeros(20), atol=1e-6)
-    close(expected_gradient(logits, lambda logp: ppo.kl_estimates(logp, ref)[2]), forward, atol=1e-6)
+    reverse = (logp.exp() * (logp - ref_logp)).sum()
+    reverse = torch.autograd.grad(reverse, logits, retain_graph=True)[0]
+    forward = torch.autograd.grad((ref_logp.exp() * (ref_logp - logp)).sum(), logits)[0]
+
+    def reinforce(logp):
+        one = torch.ones(20, 1, dtype=torch.bool)
+        rewards = ppo.token_rewards(torch.zeros(20).double(), logp.detach()[:, None],
+                                    ref_logp[:, None], one, 1.0)
+        return -logp * rewards[:, 0]
+
+    close(expected_gradient(logits, reinforce), reverse, atol=1e-6)
+    for k, expected in enumerate([torch.zeros(20), reverse, forward]):
+        gradient = expected_gradient(logits, lambda x, k=k: ppo.kl_estimates(x, ref_logp)[k])
+        close(gradient, expected, atol=1e-6)
     assert (forward - reverse).abs().max() > 0.01
 
 
-def test_reinforce_gradient_is_the_exact_one():
-    """Three tokens, rewards 1 0 -2, the loss at ratio 1: its expected gradient is minus that of sum_x pi(x) r(x)."""
-    logits, rewards = torch.randn(3, dtype=torch.float64, requires_grad=True), t(1.0, 0.0, -2.0).double()
-    exact = torch.autograd.grad((logits.softmax(0) * rewards).sum(), logits)[0]
-    one = torch.ones(1, 1, dtype=torch.bool)
-    sampled = expected_gradient(logits, lambda logp: torch.stack([
-        ppo.policy_loss(logp[i].view(1, 1), logp[i].detach().view(1, 1), rewards[i].view(1, 1), one, 0.2)[0] for i in range(3)]))
-    close(sampled, -exact, atol=1e-6)
+def test_the_policy_gradient_is_the_exact_one():
+    """Three tokens with rewards 1, 0, -2. At ratio 1 the loss has, in expectation, minus the
+    gradient of sum_x pi(x) r(x)."""
+    logits = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    rewards, one = t(1.0, 0.0, -2.0).double()[:, None], torch.ones(1, 1, dtype=torch.bool)
+    exact = torch.autograd.grad((logits.softmax(0) * rewards[:, 0]).sum(), logits)[0]
+
+    def losses(logp):
+        logp = logp[:, None, None]
+        return torch.stack([ppo.policy_loss(logp[i], logp[i].detach(), rewards[i][None], one, .2)[0]
+                            for i in range(3)])
+
+    close(expected_gradient(logits, losses), -exact, atol=1e-6)
 
 # -----------------------------------------------------------------------------
 # rollout and update
 
-def test_a_rollout_is_consistent():
-    """Mixed lengths. Everything is (B, R); log-probs are those that generate() drew from, and those of logprobs(); pads hold nothing."""
-    policy, reference, cfg = awake(toy()), awake(toy(seed=1)), config(batch_size=32, minibatch_size=8)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_rollout_is_consistent(temperature):
+    """Responses of mixed lengths; log-probs at the temperature of the sampling; 0 on pads."""
+    policy, reference = awake(toy()), awake(toy(seed=1))
+    cfg = config(batch_size=32, minibatch_size=8, temperature=temperature)
     rollout = rollout_of(policy, cfg, reference)
     B, R = rollout.response.shape
     assert B == 32 and R <= 6
-    for field in ("mask", "logp", "ref_logp", "values"):
-        assert getattr(rollout, field).shape == (B, R), field
-    lengths = rollout.mask.sum(1)
+    lengths = rollout.mask.sum(dim=1)
     assert lengths.min() < lengths.max(), "this test needs responses of different lengths"
-    for i in range(B):      # the mask ends at the end token, which it includes
+    assert torch.equal(rollout.mask, rollout.response != PAD)
+    for i in range(B):          # the mask ends at the end token, which it includes
         row = rollout.response[i, :lengths[i]].tolist()
-        assert PAD not in row and END not in row[:-1] and (row[-1] == END or lengths[i] == 6)
-        assert (rollout.response[i, lengths[i]:] == PAD).all()
-    close(rollout.logp, logprobs(policy, rollout.prompt, rollout.response), atol=1e-5)
-    close(rollout.ref_logp, logprobs(reference, rollout.prompt, rollout.response), atol=1e-5)
-    assert (rollout.logp[~rollout.mask] == 0).all() and (rollout.ref_logp[~rollout.mask] == 0).all()
-    assert not any(x.requires_grad for x in (rollout.logp, rollout.ref_logp, rollout.values))
-    _, drawn = policy.generate(rollout.prompt, 6, generator=torch.Generator().manual_seed(5))
-    again, _ = policy.generate(rollout.prompt, 6, generator=torch.Generator().manual_seed(5))
-    close(drawn, logprobs(policy, rollout.prompt, again), atol=1e-4)
+        assert PAD not in row and EOS not in row[:-1] and (row[-1] == EOS or lengths[i] == 6)
+    for field, model in (("logp", policy), ("ref_logp", reference)):
+        expected = logprobs(model, rollout.prompt, rollout.response, temperature)
+        close(getattr(rollout, field), expected, atol=1e-5)
+        assert (getattr(rollout, field)[~rollout.mask] == 0).all()
+        assert not getattr(rollout, field).requires_grad
+    assert rollout.values.shape == (B, R) and not rollout.values.requires_grad
+    entropy = -ppo.masked_mean(rollout.logp, rollout.mask).item()   # generate() drew from it, too
+    assert rollout.entropy == pytest.approx(entropy, abs=1e-4)
 
 
-def test_temperature_is_in_every_log_prob():
-    policy, reference = awake(toy()), awake(toy(seed=1))
-    rollout = rollout_of(policy, config(temperature=0.5), reference)
-    close(rollout.logp, logprobs(policy, rollout.prompt, rollout.response, 0.5), atol=1e-5)
-    close(rollout.ref_logp, logprobs(reference, rollout.prompt, rollout.response, 0.5), atol=1e-5)
-    assert (rollout.logp - logprobs(policy, rollout.prompt, rollout.response)).abs().max() > 0.1
-    assert rollout.entropy == pytest.approx(-ppo.masked_mean(rollout.logp, rollout.mask).item(), abs=1e-4)     # generate() had it too
+def test_what_is_logged_of_a_rollout_by_hand(tok):
+    """k1 of two responses: .5 - .25 = .25 and 1, mean .625; pads count for nothing."""
+    logp, ref_logp = t([-1.0, -1.0], [-1.0, 7.0]), t([-1.5, -.75], [-2.0, 9.0])
+    response = t([5, tok.eos_token_id], [tok.eos_token_id, tok.pad_token_id])
+    mask = mask_of(2, 1)
+    rollout = ppo.Rollout(t([1], [2]), response, mask, logp, ref_logp, logp, t(1.0, 4.0), 1.5)
+    metrics, rows = ppo.describe_rollout(rollout, tok)
+    k3 = [math.exp(-x) - 1 + x for x in (.5, -.25, 1.0)]
+    expected = dict(kl=.625, k3=sum(k3) / 2, score=2.5, entropy=1.5, length=1.5, distinct=1.0)
+    assert metrics == pytest.approx(expected, abs=1e-5)
+    assert [row["kl"] for row in rows] == pytest.approx([.25, 1.0])
 
 
 def test_a_response_without_an_end_pays():
     policy = awake(toy())
-    free, paid = (rollout_of(policy, config(end_penalty=p, batch_size=32, minibatch_size=8)) for p in (0.0, 2.5))
-    ended = (free.response == END).any(1)
+    free, paid = (rollout_of(policy, config(missing_eos_penalty=penalty, batch_size=32))
+                  for penalty in (0.0, 2.5))
+    ended = (free.response == EOS).any(dim=1)
     assert 0 < ended.sum() < 32
     close(free.score - paid.score, 2.5 * ~ended)
+    close(free.score, count_3(None, free.response))
 
 
 def test_the_value_of_a_state_does_not_know_the_future():
-    """V(s_t) reads the prompt and response[:, :t]: another token at t changes no value up to t, and some value after it."""
+    """V(s_t) reads the prompt and response[:, :t]: what stands at t changes later values alone."""
     policy, value_head = awake(toy()), awake(head())
     prompt, response = ids([1, 2, 3]), ids([4, 5, 6, 7])
-    for t_ in range(3):
+    _, values = ppo.actor_critic(policy, value_head, prompt, response, 1.0)
+    for i in range(3):
         other = response.clone()
-        other[0, t_] = 9
-        (_, a), (_, b) = (ppo.actor_critic(policy, value_head, prompt, r, 1.0) for r in (response, other))
-        close(a[:, :t_ + 1], b[:, :t_ + 1], atol=1e-6)
-        assert (a[:, t_ + 1:] - b[:, t_ + 1:]).abs().max() > 1e-4
+        other[0, i] = 9
+        _, changed = ppo.actor_critic(policy, value_head, prompt, other, 1.0)
+        close(changed[:, :i + 1], values[:, :i + 1], atol=1e-6)
+        assert (changed[:, i + 1:] - values[:, i + 1:]).abs().max() > 1e-4
 
 
-def test_first_ratio_is_one_and_later_ones_are_not():
-    """Before any step the update computes the very numbers of the rollout: ratio exactly 1, approx_kl and clipfrac exactly 0. One epoch
-    later the policy has moved."""
-    policy, cfg, value_head = awake(toy()), config(batch_size=8, minibatch_size=8), head()
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_first_ratio_is_one_and_later_ones_are_not(epochs):
+    """Before any step the update computes the very numbers of the rollout."""
+    policy, value_head = awake(toy()), head()
+    cfg = config(minibatch_size=8, ppo_epochs=epochs)
     rollout = rollout_of(policy, cfg)
-    logp, _ = ppo.actor_critic(policy, value_head, rollout.prompt, rollout.response, cfg.temperature)
-    assert torch.equal((logp - rollout.logp).exp(), torch.ones_like(logp))
-    _, info = ppo.policy_loss(logp, rollout.logp, torch.randn_like(logp), rollout.mask, 0.2)
-    assert info["ratio"] == 1 and info["approx_kl"] == 0 and info["clipfrac"] == 0
-
-    for epochs, moved in ((1, False), (2, True)):
-        model = copy.deepcopy(policy)
-        cfg = config(batch_size=8, minibatch_size=8, ppo_epochs=epochs)
-        advantages, returns = ppo.advantages_of(rollout, cfg, 0.1)
-        optimizer = adamw(nn.ModuleList([model, value_head]), 1e-2, eps=1e-5)
-        info = ppo.update(model, value_head, optimizer, rollout, advantages, returns, cfg, off)
-        assert info["first_ratio"] < 1e-5
-        assert (info["approx_kl"] > 1e-4) == moved, info["approx_kl"]
+    logp, _ = ppo.actor_critic(policy, value_head, rollout.prompt, rollout.response, 1.0)
+    assert torch.equal(logp, rollout.logp)
+    optimizer = adamw(nn.ModuleList([policy, value_head]), 1e-2, eps=1e-5)
+    metrics = updated(policy, value_head, optimizer, rollout, cfg, 0.1)
+    assert metrics["first_ratio"] < 1e-5
+    assert (metrics["approx_kl"] > 1e-4) == (epochs > 1)
+    rollout.logp -= 0.1         # as if another policy had written the responses
+    assert updated(policy, value_head, optimizer, rollout, cfg, 0.1)["first_ratio"] > 0.05
 
 
-def test_an_update_moves_the_policy_and_the_critic_and_not_the_reference():
-    policy, reference, value_head, cfg = awake(toy()), awake(toy(seed=1)), head(), config()
-    before = {name: x.clone() for name, x in reference.state_dict().items()}
-    old = copy.deepcopy(policy)
-    optimizer = adamw(nn.ModuleList([policy, value_head]), 1e-2)
-    for step in range(3):
-        rollout = rollout_of(policy, cfg, reference, value_head=value_head, seed=step)
-        ppo.update(policy, value_head, optimizer, rollout, *ppo.advantages_of(rollout, cfg, 0.1), cfg, off)
-    assert all(torch.equal(x, before[name]) for name, x in reference.state_dict().items())
-    assert all(not torch.equal(x, y) for x, y in zip(policy.parameters(), old.parameters(), strict=True))
-    assert value_head.weight.abs().max() > 0 and value_head.bias.abs().max() > 0
-    assert all(p.grad is None for p in reference.parameters())
-
-
-def test_kl_coef_reaches_the_gradient():
-    """What kl_coef adds to the advantage of the group is a pull back to the reference, and it is not whitened away: with a score of zero
-    everywhere, the policy comes nearer to the reference, in exact KL."""
-    policy, reference, value_head = awake(toy()), awake(toy(seed=1)), head()
-
-    def distance():
-        generator = torch.Generator().manual_seed(9)
-        prompt = torch.randint(0, END, (64, 4), generator=generator)
-        response, _ = policy.generate(prompt, 6, generator=generator)
-        with torch.no_grad():
-            logp, ref = (m.logits(prompt, response).log_softmax(-1) for m in (policy, reference))
-        return ((logp.exp() * (logp - ref)).sum(-1) * (response != PAD)).sum(1).mean().item()
-
-    before, optimizer = distance(), adamw(nn.ModuleList([policy, value_head]), 3e-3)
-    cfg = config(batch_size=64, minibatch_size=64, baseline="rloo", group_size=2, ppo_epochs=1)
-    for step in range(15):
-        rollout = rollout_of(policy, cfg, reference, lambda p, r: torch.zeros(len(p)), seed=step)
-        ppo.update(policy, value_head, optimizer, rollout, *ppo.advantages_of(rollout, cfg, 1.0), cfg, off)
-    assert distance() < 0.8 * before
-
-
-def test_the_critic_stays_out_of_the_trunk_where_ppg_wants_it():
-    policy, value_head, rollout = awake(toy()), awake(head()), rollout_of(awake(toy()), config())
-    for detach in (False, True):
-        policy.zero_grad()
-        ppo.actor_critic(policy, value_head, rollout.prompt, rollout.response, 1.0, detach)[1].sum().backward()
-        assert all(p.grad is None for p in policy.parameters()) == detach
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_critic_stays_out_of_the_trunk_where_ppg_wants_it(detach):
+    policy, value_head = awake(toy()), awake(head())
+    _, values = ppo.actor_critic(policy, value_head, ids([1, 2]), ids([3, 4]), 1.0, detach)
+    values.sum().backward()
+    assert all(p.grad is None for p in policy.parameters()) == detach
+    assert value_head.weight.grad is not None
 
 
 def test_the_auxiliary_phase_fits_the_values_and_holds_the_policy():
-    """PPG: sixty steps of value loss through the trunk: the loss falls a lot, and the policy is nearly where it was."""
-    policy, value_head, cfg = awake(toy()), head(), config(batch_size=32, minibatch_size=32, ppg_epochs=60, ppg_interval=1)
+    """Sixty steps: the value error falls a lot, and the policy hardly moves."""
+    policy, value_head = awake(toy()), head()
+    cfg = config(batch_size=32, minibatch_size=32, ppg_epochs=60, ppg_interval=1)
     rollout = rollout_of(policy, cfg)
-    old, returns = copy.deepcopy(policy), 3 * torch.cos(rollout.response.float())      # depends on a token that V cannot see: some stays
-    optimizer = adamw(nn.ModuleList([policy, value_head]), 1e-2)
+    old = copy.deepcopy(policy)
+    returns = 3 * torch.cos(rollout.response.float())   # partly unknowable: V sees no such token
 
+    @torch.no_grad()
     def value_error():
-        with torch.no_grad():
-            values = ppo.actor_critic(policy, value_head, rollout.prompt, rollout.response, 1.0)[1]
+        _, values = ppo.actor_critic(policy, value_head, rollout.prompt, rollout.response, 1.0)
         return ppo.masked_mean((values - returns) ** 2, rollout.mask).item()
 
     before = value_error()
-    assert math.isfinite(ppo.auxiliary_phase(policy, value_head, optimizer, [(rollout, returns)], cfg, off))
+    optimizer = adamw(nn.ModuleList([policy, value_head]), 1e-2)
+    ppo.auxiliary_phase(policy, value_head, optimizer, [(rollout, returns)], cfg, off)
     with torch.no_grad():
-        new_logp, old_logp = (m.logits(rollout.prompt, rollout.response).log_softmax(-1) for m in (policy, old))
-    moved = ppo.masked_mean((old_logp.exp() * (old_logp - new_logp)).sum(-1), rollout.mask).item()
-    assert value_error() < 0.1 * before and 0 < moved < 0.1     # in nats a token; without the KL term it is 1.26
-    assert any(not torch.equal(a, b) for a, b in zip(policy.h.parameters(), old.h.parameters(), strict=True))   # the trunk did learn
+        logp, old_logp = (model(rollout.prompt, rollout.response).log_softmax(-1)
+                          for model in (policy, old))
+    kl = ppo.masked_mean((old_logp.exp() * (old_logp - logp)).sum(-1), rollout.mask)
+    # In nats a token. Without the KL term it is 1.26.
+    assert value_error() < 0.1 * before and 0 < kl < 0.1
+    assert not any(map(torch.equal, policy.h.parameters(), old.h.parameters()))
 
 # -----------------------------------------------------------------------------
-# the whole stage
+# the stage
 
-@pytest.mark.parametrize("changes", [
-    dict(baseline="gae"), dict(baseline="rloo"), dict(baseline="grpo", group_size=1), dict(batch_size=10), dict(group_size=3),
-    dict(dtype="float16"), dict(batch_size=8192, minibatch_size=8192)])
-def test_bad_configs_are_refused(tmp_path, sft_ckpt, changes):
-    with pytest.raises(InputError):
-        ppo.train(config(out_dir=str(tmp_path), init=sft_ckpt, **changes), reward_fn=lambda prompts, texts: [0.0] * len(texts))
+def count_e(prompts, texts):
+    return [text.count("e") / 4 for text in texts]
 
 
-@pytest.mark.parametrize("baseline, group_size", [("critic", 1), ("rloo", 4), ("grpo", 4)])
-def test_a_rewarded_token_becomes_likelier(tmp_path, sft_ckpt, tok, baseline, group_size):
-    """The reward is a function of the user's own: how many e's. After a few rollouts there are many more, and the score says so."""
-    out, seen = tmp_path / baseline, []
+def run_of(folder, sft_ckpt, reward_fn=count_e, **changes):
+    """A short run of the stage."""
+    sizes = dict(lr=3e-3, sample_interval=50, missing_eos_penalty=0.0) | changes
+    ppo.train(tiny(ppo, folder, sft_ckpt, **sizes), reward_fn)
+    return folder
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(baseline="gae"), "--baseline is critic, rloo or grpo"),
+    (dict(baseline="rloo"), "needs --group_size of at least 2"),
+    (dict(baseline="grpo", group_size=1), "needs --group_size of at least 2"),
+    (dict(batch_size=10), "must be a multiple"), (dict(group_size=3), "must be a multiple"),
+    (dict(ppg_interval=3, sample_interval=50), "must be a multiple of --ppg_interval")])
+def test_options_that_contradict_each_other(tmp_path, sft_ckpt, changes, message):
+    with pytest.raises(InputError, match=message):
+        run_of(tmp_path, sft_ckpt, **changes)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(baseline="rloo", group_size=4),
+                                     dict(baseline="grpo", group_size=4), dict(lora=4, lr=3e-2)])
+def test_a_rewarded_letter_becomes_more_frequent(tmp_path, sft_ckpt, changes):
+    """A reward of the user's own: how many e's. Score and KL rise, and the KL is that of the
+    trained policy to the start."""
+    seen = []
 
     def reward_fn(prompts, texts):
-        seen.append((prompts, texts))
-        return [text.count("e") / 4 for text in texts]
+        seen.append(prompts)
+        return count_e(prompts, texts)
 
-    ppo.train(config(out_dir=str(out), init=sft_ckpt, batch_size=64, minibatch_size=32, max_steps=12, max_new_tokens=8, lr=3e-3,
-                     end_penalty=0.0, kl_coef=0.01, baseline=baseline, group_size=group_size, sample_interval=50), reward_fn)
-    rows = [row for row in read_jsonl(out / "metrics.jsonl") if "score" in row]
-    assert rows[-1]["score"] > 1.4 * rows[0]["score"] and rows[-1]["kl"] > 0.1
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and all(row["first_ratio"] < 1e-4 for row in rows)
-    prompts, texts = seen[0]
-    assert len(prompts) == len(texts) == 64 and all(prompt.startswith("About a") for prompt in prompts)
-    if group_size > 1:      # neighbors answer the same prompt
-        assert all(prompts[i] == prompts[i - i % group_size] for i in range(64)) and len(set(prompts)) == 16
-        assert "value_loss" not in rows[0] and "dead_groups" in rows[0]
+    sizes = dict(batch_size=64, minibatch_size=32, max_steps=12, max_new_tokens=8, kl_coef=0.01)
+    run_of(tmp_path, sft_ckpt, reward_fn, **sizes | changes)
+    score, kl = column(tmp_path, "score"), column(tmp_path, "kl")
+    assert score[-1] > 1.4 * score[0] and kl[0] == pytest.approx(0, abs=1e-4) and kl[-1] > 0.1
+    assert all(ratio < 1e-4 for ratio in column(tmp_path, "first_ratio"))
+    policy, start = load_model(tmp_path / "ckpt.pt"), load_model(sft_ckpt)
+    rows = measure(policy, start, tokenizer_of(policy), seen[0] * 4, None, off)
+    assert sum(row["kl"] for row in rows) / len(rows) > 0.5 * kl[-1]
+    assert sum(row["text"].count("e") for row in rows) / len(rows) > 4 * score[0]
+    prompts, size = seen[0], changes.get("group_size", 1)
+    assert len(prompts) == 64 and all(prompt.startswith("About a") for prompt in prompts)
+    assert prompts[::size] == prompts[size - 1::size]       # neighbors answer one prompt
+    has_critic = "baseline" not in changes
+    for name in ("value_loss", "explained_variance"):
+        assert bool(column(tmp_path, name)) == has_critic
+    assert bool(column(tmp_path, "dead_groups")) == (not has_critic)
 
 
-def test_a_reward_that_is_the_same_for_all_is_no_error(tmp_path, sft_ckpt):
-    """The first rollout of many a reward of one's own is all zeros: nothing to explain, and no NaN that ends the run."""
-    ppo.train(config(out_dir=str(tmp_path), init=sft_ckpt, max_steps=1, end_penalty=0.0), lambda prompts, texts: [0.0] * len(texts))
-    assert math.isfinite(read_jsonl(tmp_path / "metrics.jsonl")[0]["explained_var"])
+@pytest.fixture(scope="module")
+def likes_likely(tmp_path_factory, sft_ckpt):
+    """A reward model that scores a text by its log-prob under the SFT model alone."""
+    reward = RewardModel(load_model(sft_ckpt), likelihood=0.2)
+    nn.init.zeros_(reward.scalar_head.weight)
+    path = tmp_path_factory.mktemp("reward") / "ckpt.pt"
+    save_model(path, reward, tokenizer_of(reward.model))
+    return str(path)
 
 
-def test_adaptive_kl_and_ppg_run(tmp_path, sft_ckpt):
-    ppo.train(config(out_dir=str(tmp_path), init=sft_ckpt, max_steps=4, kl_target=1e-3, kl_coef=0.1, kl_horizon=100, ppg_interval=2,
-                     ppg_epochs=1, lr=1e-3), lambda prompts, texts: [len(text) / 9 for text in texts])
-    rows = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if "score" in row]
-    assert [("ppg_loss" in row) for row in rows] == [False, True, False, True]
-    # kl 0 in the first rollout: beta falls by .2 * 8 / 100; then the policy is too far away, and it rises by as much
-    assert [row["kl_coef"] for row in rows[:2]] == pytest.approx([0.1, 0.1 * (1 - .016)], abs=1e-5) and rows[3]["kl_coef"] > rows[2]["kl_coef"]
+def test_what_the_reward_model_prefers_becomes_more_frequent(tmp_path, sft_ckpt, likes_likely):
+    """The score of a checkpoint, measured anew: it rises by more than chance."""
+    run_of(tmp_path, sft_ckpt, None, reward=likes_likely, batch_size=64, minibatch_size=32,
+           max_steps=12, max_new_tokens=8, kl_coef=0.0)
+    reward, scores = load_reward_model(likes_likely), []
+    for path in (sft_ckpt, tmp_path / "ckpt.pt"):
+        policy, rng = load_model(path), torch.Generator().manual_seed(0)
+        rows = measure(policy, None, tokenizer_of(policy), ["About a banker:"] * 128, rng, off,
+                       reward)
+        scores.append(t(*[row["score"] for row in rows]))
+    assert scores[1].mean() > scores[0].mean() + scores[0].std()
+    logged = column(tmp_path, "score")
+    assert logged[-1] > logged[0] + 1
+
+
+def test_an_adapter_scores_as_the_merged_reward_model_does(tmp_path, sft_ckpt):
+    """With --lora, policy, reference and reward model share one trunk. Nothing else changes."""
+    rows = [{"prompt": f"About a {i}:", "chosen": " yes", "rejected": " no"} for i in range(20)]
+    reward_model.train(tiny(reward_model, tmp_path / "reward_model", sft_ckpt, lora=2, lr=1e-2,
+                            data=records(tmp_path / "pairs.jsonl", rows)))
+    reward = str(tmp_path / "reward_model" / "ckpt.pt")
+    for lora in (0, 2):
+        run_of(tmp_path / f"lora{lora}", sft_ckpt, None, reward=reward, lora=lora, max_steps=3,
+               lr=1e-2)
+    scores, kls = ([column(tmp_path / f"lora{lora}", name) for lora in (0, 2)]
+                   for name in ("score", "kl"))
+    assert scores[0][0] == pytest.approx(scores[1][0], abs=1e-3) and abs(scores[0][0]) > 1e-2
+    assert kls[1][0] == pytest.approx(0, abs=1e-4) and kls[1][-1] > 1e-3
+
+
+def test_dead_groups_are_counted(tmp_path, sft_ckpt):
+    """Of four pairs of responses, one gets two different scores."""
+    def reward_fn(prompts, texts):
+        return [0.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0]
+
+    run_of(tmp_path, sft_ckpt, reward_fn, max_steps=1, baseline="rloo", group_size=2)
+    assert column(tmp_path, "dead_groups") == [0.75] and column(tmp_path, "score") == [2.375]
+
+
+def test_the_critic_learns(tmp_path, sft_ckpt):
+    """The reward is always 2: values go from 0 to 2, the value loss from .5 * 2^2 to near 0."""
+    def two(prompts, texts):
+        return [2.0] * len(texts)
+
+    run_of(tmp_path, sft_ckpt, two, max_steps=12, lr=1e-2, kl_coef=0.0, lam=1.0, clip_range=5.0,
+           ppo_epochs=1)
+    loss = column(tmp_path, "value_loss")
+    assert loss[0] > 1 and loss[-1] < 0.2
+    assert column(tmp_path, "explained_variance") == [0] * 12   # equal returns are no NaN
+
+
+def test_adaptive_kl_and_auxiliary_phases(tmp_path, sft_ckpt):
+    """KL 0 in the first rollout: beta falls by .2 * 8 / 100. Later it is too large: beta rises."""
+    run_of(tmp_path, sft_ckpt, max_steps=4, kl_target=1e-3, kl_coef=0.1, kl_horizon=100,
+           ppg_interval=2, ppg_epochs=1)
+    rows, kl_coef = read_jsonl(tmp_path / "metrics.jsonl"), column(tmp_path, "kl_coef")
+    assert ["ppg_loss" in row for row in rows] == [False, True, False, True]
+    assert kl_coef[:2] == pytest.approx([0.1, 0.1 * (1 - .016)], abs=1e-5)
+    assert kl_coef[3] > kl_coef[2]
+
+
+def test_options_change_what_they_should(tmp_path, sft_ckpt):
+    """Two rollouts each from the same start: every option leads elsewhere."""
+    def weights(**changes):
+        run_of(tmp_path, sft_ckpt, **dict(kl_coef=0.2) | changes)
+        return load_model(tmp_path / "ckpt.pt").h[0].mlp.c_fc.weight
+
+    base = weights()
+    assert torch.equal(weights(), base)
+    for changes in (dict(kl_coef=2.0), dict(gamma=0.5), dict(lam=0.5), dict(vf_coef=5.0),
+                    dict(clip_range=0.01), dict(ppo_epochs=1), dict(minibatch_size=8),
+                    dict(temperature=0.7), dict(missing_eos_penalty=3.0), dict(seed=1),
+                    dict(max_new_tokens=4), dict(grad_clip=1e-6), dict(warmup_steps=2),
+                    dict(ppg_interval=2), dict(ppg_interval=2, ppg_epochs=1)):
+        other = weights(**changes)
+        assert not torch.equal(other, base), changes
+    assert torch.equal(weights(lr=0.0), load_model(sft_ckpt).h[0].mlp.c_fc.weight)
+    last = weights(trainable="last:1")
+    assert not torch.equal(last, base)
+    policy, start = load_model(tmp_path / "ckpt.pt"), load_model(sft_ckpt)
+    assert torch.equal(policy.wte.weight, start.wte.weight)

@@ -1,4 +1,4 @@
-"""Parity with transformers, both ways; the download, from a server of our own that looks like the hub."""
+"""Pretrained weights: parity with transformers both ways, and downloads from a hub of our own."""
 
 import http.server
 import json
@@ -11,216 +11,305 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import serving
-from test_model import close, make
+from conftest import ROOT, VARIANTS, awake, close, serving, toy
 
 from common import InputError
-from data import Tokenizer, encode_records, tokenizer
-from dpo import sum_logprobs
-from model import Scorer, load_model, logprobs, save_model
-from pretrained import HUB, export, is_transposed, load_pretrained, their_name
+from data import encode_records, tokenizer, tokenizer_of
+from model import RewardModel, load_model, logprobs, save_model
+from real import pretrained
+from real.pretrained import FAMILIES, HUB, convert, export, load_pretrained
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
-ROOT = Path(__file__).parent.parent
 V, START, END = 60, 0, 1
 
 
-def theirs(name):
-    """A small model of transformers, with random weights."""
+def published(name, **changes):
+    """A small model of transformers with random weights."""
     torch.manual_seed(0)
     if name == "gpt2":
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=V, n_positions=48, n_embd=32, n_layer=2, n_head=4, eos_token_id=END, bos_token_id=END))
+        sizes = dict(vocab_size=V, n_positions=48, n_embd=32, n_layer=2, n_head=4,
+                     eos_token_id=END, bos_token_id=END) | changes
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     else:
+        is_old = name == "t5-v1.0"      # the head is tied
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(
-            vocab_size=V, d_model=32, d_kv=6, d_ff=48, num_layers=2, num_heads=3, decoder_start_token_id=START, pad_token_id=START,
-            feed_forward_proj="relu" if name == "t5-v1.0" else "gated-gelu", tie_word_embeddings=name == "t5-v1.0"))
+            vocab_size=V, d_model=32, d_kv=6, d_ff=48, num_layers=2, num_heads=3,
+            decoder_start_token_id=START, pad_token_id=START,
+            feed_forward_proj="relu" if is_old else "gated-gelu", tie_word_embeddings=is_old))
         if name == "t5-v1.1":
             model.lm_head.weight = torch.nn.Parameter(torch.randn(V, 32))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval()
+    return awake(model).eval()
 
 
-def their_logits(model, prompt, response, pad_id):
-    """Logits of each response token."""
-    mask = prompt != pad_id
-    prompt, response = (tokens.masked_fill(tokens == pad_id, 0) for tokens in (prompt, response))
-    if model.config.is_encoder_decoder:
-        start = torch.full((len(prompt), 1), model.config.decoder_start_token_id)
-        return model(input_ids=prompt, attention_mask=mask, decoder_input_ids=torch.cat([start, response[:, :-1]], 1)).logits
-    mask = F.pad(mask, (0, response.size(1)), value=True).long()
-    out = model(input_ids=torch.cat([prompt, response], 1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
-    return out.logits[:, prompt.size(1) - 1:-1]
-
-
-def their_greedy(model, prompt, pad_id, n):
-    mask, prompt = (prompt != pad_id).long(), prompt.masked_fill(prompt == pad_id, 0)
-    return model.generate(input_ids=prompt, attention_mask=mask, max_new_tokens=n, do_sample=False, pad_token_id=0,
-                          eos_token_id=V + 9)[:, -n:]
-
-
-def small_tokenizer(folder, vocab_size):
-    """A T5-like tokenizer.json: SentencePiece's unigrams, <pad> 0, </s> 1."""
+def small_tokenizer(folder, vocab_size=40):
+    """A tokenizer.json like T5's: SentencePiece's unigrams, <pad> is 0, </s> is 1."""
     tok = tokenizers.Tokenizer(tokenizers.models.Unigram())
     tok.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     tok.decoder = tokenizers.decoders.Metaspace()
-    tok.train_from_iterator(["I used to be a banker, but I lost interest."] * 9, tokenizers.trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False))
-    tok.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>",
+        show_progress=False)
+    tok.train_from_iterator(["I used to be a banker, but I lost interest."] * 9, trainer)
+    tok.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", END)])
     tok.save(str(folder / "tokenizer.json"))
+
+
+def folder_of(path, name, **options):
+    """A published model and a tokenizer as a folder in the hub's layout."""
+    published(name).save_pretrained(path, **options)
+    small_tokenizer(path)
+    return str(path)
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def puns_checkpoint(path, variant, tok):
+    model = awake(toy(vocab_size=tok.vocab_size, eos_token_id=tok.eos_token_id,
+                      decoder_start_token_id=tok.eos_token_id, block_size=48, n_layer=2,
+                      **VARIANTS[variant]))
+    save_model(path, model, tok)
+    return model
+
+
+def their_logits(model, prompt, response, pad):
+    """Logits of each response token, by transformers."""
+    mask = prompt != pad
+    prompt = prompt.masked_fill(~mask, 0)
+    response = response.masked_fill(response == pad, 0)
+    if model.config.is_encoder_decoder:
+        start = torch.full((len(prompt), 1), model.config.decoder_start_token_id)
+        inputs = torch.cat([start, response[:, :-1]], dim=1)
+        return model(input_ids=prompt, attention_mask=mask, decoder_input_ids=inputs).logits
+    mask = F.pad(mask, (0, response.size(1)), value=True).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids=torch.cat([prompt, response], dim=1), attention_mask=mask,
+                position_ids=positions)
+    return out.logits[:, prompt.size(1) - 1:-1]
 
 
 @pytest.fixture(params=["gpt2", "t5-v1.0", "t5-v1.1"])
 def pair(request, tmp_path):
-    """(ours, theirs): the same weights, through a folder."""
-    model = theirs(request.param)
-    model.save_pretrained(tmp_path)
-    return load_model(tmp_path), model
+    """(ours, theirs): the same weights, through a folder and the checkpoint made of it."""
+    convert(folder_of(tmp_path / "in", request.param), str(tmp_path / "out"))
+    return load_model(tmp_path / "out" / "ckpt.pt"), published(request.param)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_logits_tokens_and_gradients_are_theirs(pair, padded):
-    ours, model = pair
+def test_logits_gradients_and_greedy_tokens_are_theirs(pair, padded):
+    ours, theirs = pair
+    family, pad = FAMILIES[ours.config.arch], ours.pad_token_id
     torch.manual_seed(1)
     prompt, response = torch.randint(2, V, (3, 8)), torch.randint(2, V, (3, 6))
     if padded:
-        prompt[0, :3] = prompt[2, :7] = response[1, 3:] = ours.pad_id
-    real = response != ours.pad_id
-    logits = their_logits(model, prompt, response, ours.pad_id)
-    close(ours.logits(prompt, response)[real], logits[real], atol=1e-4)
+        prompt[0, :3] = prompt[2, :7] = response[1, 3:] = pad
+    mask = response != pad
+    logits = their_logits(theirs, prompt, response, pad)
+    close(ours(prompt, response)[mask], logits[mask], atol=1e-4)
 
-    (-logprobs(ours, prompt, response).sum() / real.sum()).backward()
-    F.cross_entropy(logits[real], response[real]).backward()
-    named = dict(model.named_parameters())
+    (-logprobs(ours, prompt, response).sum() / mask.sum()).backward()
+    F.cross_entropy(logits[mask], response[mask]).backward()
+    named = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
-        grad = p.grad.T if is_transposed(ours.config.arch, name) else p.grad
-        close(grad, named[their_name(ours.config.arch, name)].grad, atol=1e-4)
+        expected = named[pretrained.their_name(family, name)].grad
+        close(pretrained.change_layout(family, name, p.grad), expected, atol=1e-4)
 
-    ours.config.end_id = -1             # let it run on
-    assert torch.equal(ours.generate(prompt, 20, temperature=0)[0], their_greedy(model, prompt, ours.pad_id, 20))
+    ours.config.eos_token_id = -1               # let it run on
+    greedy = theirs.generate(
+        input_ids=prompt.masked_fill(prompt == pad, 0), attention_mask=(prompt != pad).long(),
+        max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=V + 9)
+    assert torch.equal(ours.generate(prompt, 20, temperature=0)[0], greedy[:, -20:])
 
 
-@pytest.mark.parametrize("name", ["gpt", "t5-v1.0", "t5-v1.1"])
-def test_what_we_export_they_load(name, tmp_path):
-    tok = tokenizer("puns")
-    model = make(name, vocab_size=tok.vocab_size, end_id=tok.end_id, start_id=tok.end_id, block_size=48)
-    save_model(tmp_path / "ckpt.pt", model, tokenizer="puns")
-    subprocess.run([sys.executable, "model.py", "export", tmp_path / "ckpt.pt", tmp_path / "out"], cwd=ROOT, check=True)
-    auto = transformers.AutoModelForCausalLM if name == "gpt" else transformers.AutoModelForSeq2SeqLM
-    exported, their_tok = auto.from_pretrained(tmp_path / "out"), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    texts = ["About a banker:", " I used to be a banker, but I lost interest.\n\n  \tIt's 1234 naïve 🙂 ½'s", "", "  x  "]
+@pytest.mark.parametrize("variant", ["gpt", "t5-v1.0", "t5-v1.1"])
+def test_transformers_loads_an_export_and_so_do_we(variant, tmp_path, tok):
+    model = puns_checkpoint(tmp_path / "ckpt.pt", variant, tok)
+    command = [sys.executable, "-m", "real.pretrained", "export", tmp_path / "ckpt.pt",
+               tmp_path / "out"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    auto = transformers.AutoModelForSeq2SeqLM
+    if variant == "gpt":
+        auto = transformers.AutoModelForCausalLM
+    exported = auto.from_pretrained(tmp_path / "out")
+    their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = ["About a banker:", "", "  x  ", " a <|pad|> b",
+             " I used to be a banker, but I lost interest.\n\n  \tIt's 1234 naïve 🙂 ½'s"]
     for text in texts:
-        assert their_tok(text, add_special_tokens=False).input_ids == tok.encode(text)
+        if "pad" not in text:       # a special token of theirs
+            assert their_tok(text, add_special_tokens=False).input_ids == tok.encode(text)
         assert their_tok.decode(tok.encode(text)) == text
-    assert their_tok.eos_token_id == tok.end_id and their_tok.pad_token_id == model.pad_id == tok.vocab_size
+    assert their_tok.eos_token_id == tok.eos_token_id
+    assert their_tok.pad_token_id == model.pad_token_id == tok.vocab_size
 
-    prompt, response = torch.tensor([[tok.pad_id, *tok.encode("About a banker:")]]), torch.tensor([tok.encode(" I lost it.")])
-    logits = their_logits(exported, prompt, response, model.pad_id)
-    close(logits[..., :-1], model.logits(prompt, response), atol=1e-4)
-    close(logits[..., -1], logits[..., :-1].mean(-1), atol=1e-4)         # the pad, which they must have: never likely
-    assert exported.generation_config.suppress_tokens == [model.pad_id]
-    again = load_model(tmp_path / "out")                                 # and back again
-    assert torch.equal(again.logits(prompt, response), model.logits(prompt, response)) and again.config == model.config
-    assert [Tokenizer(again.tokenizer).encode(text) for text in texts] == [tok.encode(text) for text in texts]
+    prompt = torch.tensor([[model.pad_token_id, *tok.encode("About a banker:")]])
+    response = torch.tensor([tok.encode(" I lost it.")])
+    logits = their_logits(exported, prompt, response, model.pad_token_id)
+    close(logits[..., :-1], model(prompt, response), atol=1e-4)
+    close(logits[..., -1], logits[..., :-1].mean(-1), atol=1e-4)    # of the pad: never likely
+    assert exported.generation_config.suppress_tokens == [model.pad_token_id]
+
+    again, again_tok = load_pretrained(str(tmp_path / "out"))       # and back again
+    assert again.config == model.config
+    assert torch.equal(again(prompt, response), model(prompt, response))
+    assert [again_tok.encode(text) for text in texts] == [tok.encode(text) for text in texts]
 
 
-def test_t5_with_its_own_tokenizer_goes_out_as_it_came(tmp_path):
-    theirs("t5-v1.1").save_pretrained(tmp_path)
-    small_tokenizer(tmp_path, 40)                                        # fewer tokens than rows, as T5 has
-    model, tok = load_model(tmp_path), tokenizer(str(tmp_path))
+def test_t5_goes_out_as_it_came_in(tmp_path):
+    """The tokenizer has fewer tokens than the model has rows, as T5's has."""
+    convert(folder_of(tmp_path / "in", "t5-v1.1"), str(tmp_path / "run"))
+    (tmp_path / "in" / "tokenizer.json").unlink()       # the checkpoint has its own copy
+    model = load_model(tmp_path / "run" / "ckpt.pt")
+    tok = tokenizer_of(model)
     text = " I used to be a banker"
-    assert (tok.pad_id, tok.end_id) == (model.pad_id, model.config.end_id) == (V, END)
-    assert tok.decode([*tok.encode(text), tok.end_id, tok.pad_id]) == text and END not in tok.encode("a </s> b")
-    save_model(tmp_path / "ckpt.pt", model, tokenizer=model.tokenizer)
-    export(str(tmp_path / "ckpt.pt"), str(tmp_path / "out"))
+    assert (tok.pad_token_id, tok.eos_token_id) == (model.pad_token_id, END) == (V, END)
+    assert tok.decode([*tok.encode(text), tok.eos_token_id, tok.pad_token_id]) == text
+    assert END not in tok.encode("a </s> b")
+    export(str(tmp_path / "run" / "ckpt.pt"), str(tmp_path / "out"))
     their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert their_tok(text).input_ids == [*tok.encode(text), END] and their_tok.pad_token_id == 0
     weights = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(w, weights[name]) for name, w in theirs("t5-v1.1").state_dict().items())
+    for name, weight in published("t5-v1.1").state_dict().items():
+        assert torch.equal(weight, weights[name])
 
 
-def test_what_cannot_go_in_or_out_is_said(tmp_path):
-    for arch in ("palm", "gpt"):
-        model = make(arch)
-        save_model(tmp_path / f"{arch}.pt", model if arch == "palm" else Scorer(model), tokenizer="puns")
-        with pytest.raises(InputError, match="transformers"):
-            export(str(tmp_path / f"{arch}.pt"), str(tmp_path / "out"))
-    for change, message in [({"model_type": "llama"}, "llama"), ({"activation_function": "relu"}, "gelu_new"),
-                            ({"n_embd": 64}, r"transformer.wte.weight is of shape \(60, 32\).*\(60, 64\)")]:
-        theirs("gpt2").save_pretrained(tmp_path / "in")
-        path = tmp_path / "in" / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+def test_shards_half_precision_and_a_pad_that_is_the_end_token(tmp_path):
+    folder = tmp_path / "in"
+    published("gpt2").half().save_pretrained(folder, max_shard_size="20KB")
+    small_tokenizer(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    # Both are the last row. It must stay: it is not a pad that export() has added.
+    change_json(folder / "config.json", eos_token_id=V - 1, pad_token_id=V - 1)
+    model, _ = load_pretrained(str(folder))
+    assert model.config.vocab_size == V and model.wte.weight.dtype == torch.float32
+    close(model.wte.weight, published("gpt2").transformer.wte.weight, atol=1e-2)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(InputError, match=f"{shard.name}: this file is damaged"):
+        load_pretrained(str(folder))
+    change_json(folder / pretrained.INDEX, weight_map=None)
+    with pytest.raises(InputError, match="'weight_map' is missing"):
+        load_pretrained(str(folder))
+
+
+def test_a_gated_t5_whose_head_is_tied_all_the_same(tmp_path):
+    """So its file has no head."""
+    model, _ = load_pretrained(folder_of(tmp_path, "t5-v1.1, tied"))
+    prompt, response = torch.randint(2, V, (3, 8)), torch.randint(2, V, (3, 6))
+    logits = their_logits(published("t5-v1.1, tied"), prompt, response, V)
+    close(model(prompt, response), logits, atol=1e-4)
+
+
+def test_what_cannot_go_in_or_out_is_one_sentence(tmp_path, tok):
+    gpt = puns_checkpoint(tmp_path / "gpt.pt", "gpt", tok)
+    puns_checkpoint(tmp_path / "palm.pt", "palm", tok)
+    save_model(tmp_path / "reward.pt", RewardModel(gpt), tok)
+    for name, message in (("palm", "transformers has no class for this palm"),
+                          ("reward", "a language model is needed")):
         with pytest.raises(InputError, match=message):
-            load_pretrained(str(tmp_path / "in"))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_embd": 32}))
-    (tmp_path / "in" / "model.safetensors").rename(tmp_path / "in" / "pytorch_model.bin")        # a pickle is not looked at
-    with pytest.raises(InputError, match="model.safetensors is not there"):
-        load_pretrained(str(tmp_path / "in"))
-    with pytest.raises(InputError, match="neither a folder"):
-        Tokenizer("gtp2")
+            export(str(tmp_path / f"{name}.pt"), str(tmp_path / "out"))
+    folder = folder_of(tmp_path / "in", "gpt2")
+    config = tmp_path / "in" / "config.json"
+    content = config.read_text()
+    for change, message in (
+            ({"model_type": "bert"}, "'bert'; only gpt2 and t5"),
+            ({"activation_function": "relu"}, "only gelu_new is supported"),
+            ({"eos_token_id": [1, 2]}, "one whole number"),
+            ({"n_embd": 64}, r"transformer.wte.weight has the shape \(60, 32\).*\(60, 64\)"),
+            ({"n_layer": 3}, r"transformer.h.2.ln_1.weight is missing")):
+        config.write_text(content)
+        change_json(config, **change)
+        with pytest.raises(InputError, match=message):
+            load_pretrained(folder)
+    for broken, message in (("{", "is not JSON"), ("[]", "is not a JSON object")):
+        config.write_text(broken)
+        with pytest.raises(InputError, match=message):
+            load_pretrained(folder)
+    config.write_text(content)
+    # A pickle is not looked at.
+    (tmp_path / "in" / "model.safetensors").rename(tmp_path / "in" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="model.safetensors does not exist"):
+        load_pretrained(folder)
+    command = [sys.executable, "-m", "real.pretrained", "gtp2", tmp_path / "out"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "there is no model 'gtp2'" in result.stderr
 
 
 def test_download_cache_and_no_network(tmp_path):
     repo, revision = HUB["t5-small"].split("@")
-    folder, asked = tmp_path / "served", []
-    theirs("t5-v1.0").save_pretrained(folder)
-    small_tokenizer(folder, 40)
+    asked = []
+    folder_of(tmp_path / "served", "t5-v1.0")
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            path = folder / Path(self.path).name
+            path = tmp_path / "served" / Path(self.path).name
             found = self.path.startswith(f"/{repo}/resolve/{revision}/") and path.exists()
             body = path.read_bytes() if found else b""
             self.send_response(200 if found else 404)
-            for name, value in {"ETag": f'"{path.name}"', "X-Repo-Commit": revision, "Content-Length": len(body)}.items():
-                self.send_header(name, str(value))
+            self.send_header("ETag", f'"{path.name}"')
+            self.send_header("X-Repo-Commit", revision)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "GET":
                 self.wfile.write(body)
         do_HEAD = do_GET
 
-    def load(name, url="http://127.0.0.1:1", **settings):
-        code = f"from model import *\nfrom data import tokenizer\nm = load_model('{name}')\n" \
-               "print(m.logits(torch.tensor([[5, 6]]), torch.tensor([[7, 8]])).tolist(), tokenizer(m.tokenizer).encode('used'))"
-        environ = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"),
-                                "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "TQDM_POSITION": "-1"} | settings
-        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+    def load(name, out, url="http://127.0.0.1:1", **settings):
+        environ = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1",
+                   "HF_HUB_DISABLE_XET": "1", "TQDM_POSITION": "-1"} | settings
+        command = [sys.executable, "-m", "real.pretrained", name, tmp_path / out]
+        return subprocess.run(command, cwd=ROOT, env=os.environ | environ, capture_output=True,
+                              text=True)
+
     with serving(Hub) as server:
-        first = load("t5-small", server.url)
-        assert first.returncode == 0, first.stderr
-        assert "100%" in first.stderr                                              # the progress bar
-        assert {path for path in asked if "/resolve/" in path} == {                # the pinned one, no pickle
-            f"/{repo}/resolve/{revision}/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")}
-        logits = load_model(folder).logits(torch.tensor([[5, 6]]), torch.tensor([[7, 8]])).tolist()
-        assert first.stdout == f"{logits} {tokenizer(str(folder)).encode('used')}\n"
-    assert load("t5-small", HF_HUB_OFFLINE="1").stdout == first.stdout             # from the cache
-    missing = load("gpt2", HF_HUB_OFFLINE="1").stderr
-    assert "config.json of openai-community/gpt2 is not in the cache" in missing and "hf download" in missing
+        first = load("t5-small", "first", server.url)
+    assert first.returncode == 0, first.stderr
+    assert "100%" in first.stderr               # the progress bar
+    files = ("config.json", "model.safetensors", "tokenizer.json")
+    assert {path for path in asked if "/resolve/" in path} == {
+        f"/{repo}/resolve/{revision}/{file}" for file in files}
+    assert load("t5-small", "second", HF_HUB_OFFLINE="1").returncode == 0       # from the cache
+    expected, _ = load_pretrained(str(tmp_path / "served"))
+    for out in ("first", "second"):
+        model = load_model(tmp_path / out / "ckpt.pt")
+        assert tokenizer_of(model).encode("used")
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, expected.state_dict()[name])
+    missing = load("gpt2", "third", HF_HUB_OFFLINE="1")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    assert "config.json of openai-community/gpt2 is not in the cache" in missing.stderr
+    assert "hf download" in missing.stderr and not (tmp_path / "third").exists()
 
 
-def test_trl_takes_it_from_there(tmp_path):
-    """One DPO step of TRL on an exported model, from checkpoint to trainer with nothing between: its loss is ln 2, the log-probs that it sums are
-    those of dpo.py, end token included, and the weights move."""
+def test_trl_trains_an_export(tmp_path):
+    """One DPO step of TRL from our checkpoint: its loss is ln 2, its log-probs are ours, end token
+    included, and the weights move."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tok = tokenizer("puns")
-    model = make("gpt", vocab_size=tok.vocab_size, end_id=tok.end_id, start_id=tok.end_id, block_size=48)
-    save_model(tmp_path / "ckpt.pt", model, tokenizer="puns")
+    model = puns_checkpoint(tmp_path / "ckpt.pt", "gpt", tok)
     export(str(tmp_path / "ckpt.pt"), str(tmp_path / "out"))
     policy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
-    pairs = [{"prompt": f"About a {thing}:", "chosen": " I lost interest.", "rejected": " I went home early."} for thing in ("banker", "nurse", "baker", "pilot")]
-    args = trl.DPOConfig(output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-3, lr_scheduler_type="constant",
-                         logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
-    trainer = trl.DPOTrainer(policy, args=args, train_dataset=datasets.Dataset.from_list(pairs), processing_class=their_tok)
+    pairs = [{"prompt": f"About a {thing}:", "chosen": " I lost interest.",
+              "rejected": " I went home early."} for thing in ("banker", "nurse", "baker", "pilot")]
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=4,
+        learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1, save_strategy="no",
+        report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
+    trainer = trl.DPOTrainer(policy, args=args, train_dataset=datasets.Dataset.from_list(pairs),
+                             processing_class=their_tok)
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    encoded = encode_records(pairs, "puns", ["prompt", "chosen", "rejected"], 48)
-    chosen, rejected = sum_logprobs(model, encoded["prompt"].long(), [encoded["chosen"].long(), encoded["rejected"].long()])
-    assert log["logps/chosen"] == pytest.approx(chosen.mean().item(), abs=1e-2) and log["logps/rejected"] == pytest.approx(rejected.mean().item(), abs=1e-2)
-    assert all(not torch.equal(weight, before[name]) for name, weight in policy.state_dict().items() if name.endswith("weight"))
+    encoded = encode_records(pairs, tok, ["prompt", "chosen", "rejected"], 48)
+    for field in ("chosen", "rejected"):
+        logp = logprobs(model, encoded["prompt"].long(), encoded[field].long()).sum(dim=1)
+        assert log[f"logps/{field}"] == pytest.approx(logp.mean().item(), abs=1e-2)
+    for name, weight in policy.state_dict().items():
+        if name.endswith("weight"):
+            assert not torch.equal(weight, before[name])

@@ -1,105 +1,137 @@
-"""Several processes: two of them, joined by gloo, are one process with the same batch size."""
+"""Two real processes, joined by gloo on loopback, train as one does with the joint batch.
 
-import difflib
-import json
+They run every stage, on a T5, so this also shows that each stage takes another architecture than
+GPT-2. What torchrun starts in each process is this file, too: see main()."""
+
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, TINY_SFT
+import torch.nn as nn
+from conftest import ROOT, TINY_SFT, no_curves, records, tiny
 
+import common
 import discriminator
 import dpo
 import gan
 import ppo
 import reward_model
 import sft
-from common import read_jsonl
-from model import load_model
+from data import Batches
+from puns import world
 
-STAGES = dict(sft=sft, reward_model=reward_model, discriminator=discriminator, dpo=dpo, ppo=ppo, gan=gan)
-STEPS = dict(max_steps=3, warmup_steps=1, batch_size=8, eval_interval=2, log_interval=1, **CPU)
-ROLLOUTS = dict(max_steps=3, warmup_steps=1, batch_size=8, minibatch_size=4, max_new_tokens=6, sample_interval=2, **CPU)
-RUNS = {     # a name: (stage, options, fields of its data)
-    "sft": ("sft", TINY_SFT | STEPS, "completion"),
-    "reward_model": ("reward_model", STEPS, "chosen rejected"),
-    "discriminator": ("discriminator", STEPS, "completion"),
-    "dpo": ("dpo", STEPS, "chosen rejected"),
-    "ppo": ("ppo", ROLLOUTS | dict(kl_target=1.0, ppg_interval=2, ppg_epochs=1), ""),
-    "ppo_rloo": ("ppo", ROLLOUTS | dict(baseline="rloo", group_size=2), ""),
-    "gan": ("gan", ROLLOUTS | dict(d_batch_size=4, d_steps=1), "completion"),
-    "gan_gumbel": ("gan", ROLLOUTS | dict(d_batch_size=4, estimator="gumbel"), "completion"),
-}
-TEXTS = dict(completion=" I lost it.", chosen=" yes", rejected=" no")
+STAGES = {stage.__name__: stage for stage in (sft, reward_model, discriminator, dpo, ppo, gan)}
 
-# What torchrun starts: runs of all stages, one after the other.
-RANK = """
-import json, sys, torch
-torch.set_num_threads(1)
-import discriminator, dpo, gan, ppo, reward_model, sft
-from common import InputError, Options, all_mean, gather, rank, setup, shard, world_size
-setup(Options(device="cpu"))
-five = torch.arange(5)
-assert world_size() == 2 and shard(five[1:]).tolist() == [rank() + 1, rank() + 3] and all_mean(torch.tensor(rank())) == 0.5
-assert torch.equal(gather(shard(five, even=False), 5), five)
-try:
-    shard(five)
-except InputError as error:
-    print(error)
-for stage, options in json.loads(sys.argv[1]):
-    module = {"sft": sft, "reward_model": reward_model, "discriminator": discriminator, "dpo": dpo, "ppo": ppo, "gan": gan}[stage]
-    module.train(module.Config(**options))
-"""
+
+def train_and_note(config, patch):
+    """Runs a stage. Returns the records of each batch, and the parameters at the end."""
+    batches, weights = [], {}
+    next_batch, finish = Batches.next, common.Run.finish
+
+    def next_and_note(self):
+        batch = next_batch(self)
+        batches.append([[i for i in row if i != self.pad_token_id]
+                        for row in batch.get("completion", batch["prompt"]).tolist()])
+        return batch
+
+    def finish_and_note(self):
+        for part, value in self.parts.items():
+            if isinstance(value, nn.Module):
+                weights.update({f"{part}.{key}": p.data for key, p in value.named_parameters()})
+        finish(self)
+
+    patch.setattr(Batches, "next", next_and_note)
+    patch.setattr(common.Run, "finish", finish_and_note)
+    patch.setattr(common, "plot_curves", no_curves)
+    sys.modules[type(config).__module__].train(config)
+    return batches, weights
+
+
+def configs(root, name="sft", **changes):
+    """{stage: its Config} for all stages, each from the checkpoints of those before it."""
+    starts = {field: str(root / stage / "ckpt.pt") for field, stage in
+              dict(reward="reward_model", disc="discriminator").items()}
+    starts |= {field: str(root / f"{field}.jsonl") for field in ("data", "val_data")}
+    first = TINY_SFT | dict(arch="t5", max_steps=12, eval_interval=12, log_interval=1) | changes
+    return {stage: tiny(STAGES[stage], root / stage, root / "sft" / "ckpt.pt", **starts)
+            for stage in STAGES} | {name: tiny(sft, root / name, "", **starts | first)}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folders of all RUNS in one process, and of the same in two."""
-    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    starts = dict(init=str(one / "sft/ckpt.pt"), reward=str(one / "reward_model/ckpt.pt"), disc=str(one / "discriminator/ckpt.pt"))
-    configs = []
-    for name, (stage, options, columns) in RUNS.items():
-        data = one / f"{name}.jsonl"        # texts of all lengths, 41 of them: not even what is held out is even
-        data.write_text("".join(json.dumps({"prompt": "About a banker:"} | {c: TEXTS[c] * (1 + i % 3 + i % 2 * (c == "rejected")) for c in columns.split()}) + "\n"
-                                for i in range(41)))
-        fields = {field for field in STAGES[stage].Config.__dataclass_fields__ if stage != "sft"}
-        options = options | {field: path for field, path in starts.items() if field in fields} | {"data": str(data)}
-        STAGES[stage].train(STAGES[stage].Config(out_dir=str(one / name), **options))
-        configs.append((stage, options | {"out_dir": str(two / name)}))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python", sys.executable,
-                           "-c", RANK, json.dumps(configs)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
+    """(notes of sft in one process, notes of all stages in each of two, folder, output)."""
+    root = tmp_path_factory.mktemp("processes")
+    texts = {row["completion"]: row["prompt"] for row in world().corpus(160, seed=1)}
+    rows = [{"prompt": prompt, "completion": text, "chosen": text, "rejected": text[:-1]}
+            for text, prompt in texts.items()]
+    records(root / "data.jsonl", rows[16:])
+    records(root / "val_data.jsonl", rows[:16])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         __file__, str(root)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    return one, two, done
+    notes = [torch.load(root / f"notes{n}.pt", weights_only=True) for n in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        together = train_and_note(configs(root, "one", batch_size=16)["one"], patch)
+    return together, notes, root, done
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_are_one(runs, name):
-    """The same metrics, all of them, and the same weights, up to the rounding of sums."""
-    one, two, _ = runs
-    rows, again = (read_jsonl(folder / name / "metrics.jsonl") for folder in (one, two))
-    assert len(rows) == len(again)
-    for row, other in zip(rows, again, strict=True):
-        del row["seconds"], other["seconds"]
-        losses = {name for name in row if "loss" in name or "nats" in name}
-        assert {name: other[name] for name in losses} == pytest.approx({name: row[name] for name in losses}, rel=1e-5, abs=1e-5)
-        assert other == pytest.approx(row, rel=1e-4, abs=1e-4)
-    # a draw that falls between two tokens may go either way: rounding alone changes a word in a hundred
-    words, others = ((folder / name / "samples.txt").read_text().split() for folder in (one, two))
-    assert difflib.SequenceMatcher(None, words, others, autojunk=False).ratio() > 0.95
-    a, b = (torch.load(folder / name / "ckpt.pt", weights_only=True)["model"] for folder in (one, two))
-    start = load_model(one / "sft" / "ckpt.pt").state_dict()
-    for key in a:
-        if key in ("gain", "shift"):        # one over how much the scores of this nearly untrained model's texts differ
-            assert b[key].item() == pytest.approx(a[key].item(), rel=5e-2)
-        else:
-            torch.testing.assert_close(b[key], a[key], rtol=0, atol=1e-3)      # Muon rounds to bf16
-    assert name in ("sft", "reward_model", "discriminator") or any((a[key] - start[key]).abs().max() > 1e-4 for key in a)
+def metrics(folder, name):
+    rows = common.read_jsonl(folder / "metrics.jsonl")
+    return [row[name] for row in rows if name in row]
 
 
-def test_only_one_of_them_speaks(runs):
-    _, two, done = runs
-    assert done.stdout.count("a batch of 5 cannot be dealt out to 2 processes") == 1
-    assert done.stdout.count("sft: ") == 1 and done.stdout.count("reward_model: ") == 1
-    assert not list(two.glob("*/*.tmp")) and not list(two.glob("*/state.pt"))
+def test_two_processes_share_the_work_of_one(runs):
+    """At each step they read, together, the records of the joint batch, none of them twice."""
+    together, notes, root, _ = runs
+    parts = [note["sft"][0] for note in notes]
+    for joint, a, b in zip(together[0], *parts, strict=True):
+        assert len(a) == len(b) == 8 and sorted(a + b) == sorted(joint)
+    one, two = (metrics(root / name, "loss") for name in ("one", "sft"))
+    assert len(one) == 12 and two == pytest.approx(one, rel=0.02) and two[-1] < 0.9 * two[0]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_both_end_with_the_same_weights(runs, name):
+    _, notes, _, _ = runs
+    (seen, weights), (other_seen, other_weights) = notes[0][name], notes[1][name]
+    assert weights and weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
+    assert len(seen) == len(other_seen) and seen != other_seen
+
+
+def test_only_one_of_them_writes_and_speaks(runs):
+    _, _, root, done = runs
+    assert done.stdout.count("sft: ") == 1
+    for name in STAGES:
+        files = {path.name for path in (root / name).iterdir()} - {"discriminator.pt"}
+        assert files == {"ckpt.pt", "config.json", "metrics.jsonl", "samples.txt", "curves.png"}
+        steps = metrics(root / name, "step")
+        assert steps == sorted(steps) and steps.count(1) == 1
+
+
+def test_each_stage_starts_where_it_must(runs):
+    """The first ratio of PPO and of the GAN is 1, their KL is 0, and DPO's loss is ln 2."""
+    _, _, root, _ = runs
+    assert metrics(root / "dpo", "loss")[0] == pytest.approx(math.log(2), abs=1e-4)
+    for name in ("ppo", "gan"):
+        assert metrics(root / name, "kl")[0] == pytest.approx(0, abs=1e-4)
+        assert metrics(root / name, "first_ratio")[0] == pytest.approx(0, abs=1e-4)
+
+
+def main(root):
+    """What each process does: all stages, one after the other."""
+    notes = {}
+    for name, config in configs(root, batch_size=8).items():
+        with pytest.MonkeyPatch.context() as patch:
+            notes[name] = train_and_note(config, patch)
+    torch.save(notes, root / f"notes{common.rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

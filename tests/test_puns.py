@@ -1,7 +1,8 @@
-"""The pun world: what the grammar writes, what the judge says of it, what the records contain, what check finds."""
+"""The pun world: what the grammar writes, how the judge reads it, the records, the lexicon."""
 
 import math
 import random
+import re
 from collections import Counter
 
 import pytest
@@ -10,228 +11,281 @@ import puns
 from common import InputError
 from puns import HELD_OUT, MIX, Thing, World, pluralize, world
 
-# A lexicon of two topics, small enough to count by hand: 3 things, 2 + 2 phrases, 2 literals, 2 frames.
+# A lexicon small enough to count by hand: 2 topics, 3 things, 2 + 2 phrases, 2 literals, 2 frames.
 TINY = {
-    "topics.txt": "topic banks\nperson banker, teller\npun lose *interest* | what money earns | curiosity\n"
-                  "pun cash in one's *chips* | coins | to die\n"
-                  "topic bread\nobject oven\npun *knead/need* a hug | to work dough | to want\npun rise to the *loaf* | a bread | nothing\n",
-    "literals.txt": "# plain\nmove to another town\npaint the fence\n",
-    "frames.txt": "first | person | I was {a X} until I {past my}.\nnever | any | Old {Xs} never die, they just {base their}.\n",
-    "verbs.txt": "lose loses lost lost losing\ncash cashes cashed cashed cashing\nknead kneads kneaded kneaded kneading\n"
-                 "rise rises rose risen rising\nmove moves moved moved moving\npaint paints painted painted painting\n",
+    "topics": """\
+topic banks
+person banker, teller
+pun lose *interest* | what money earns | curiosity
+pun cash in one's *chips* | coins | to die
+topic bread
+object oven
+pun *knead/need* a hug | to work dough | to want
+pun rise to the *loaf* | a bread | nothing
+""",
+    "literals": "# plain\nmove to another town\npaint the fence\n",
+    "frames": "first | person | I was {a X} until I {past my}.\n"
+              "never | any | Old {Xs} never die, they just {base their}.\n",
+    "verbs": "lose loses lost lost losing\ncash cashes cashed cashed cashing\n"
+             "knead kneads kneaded kneaded kneading\nrise rises rose risen rising\n"
+             "move moves moved moved moving\npaint paints painted painted painting\n",
 }
 
 
 def write_lexicon(folder, **changes):
-    """TINY in a folder; changes: {file without .txt: (old, new)}."""
+    """Writes TINY to a folder. changes: {file: (old, new)}, a replacement in its text."""
     for name, text in TINY.items():
-        if name.removesuffix(".txt") in changes:
-            old, new = changes[name.removesuffix(".txt")]
-            assert old in text
-            text = text.replace(old, new)
-        (folder / name).write_text(text)
+        old, new = changes.get(name, ("", ""))
+        assert old in text
+        (folder / f"{name}.txt").write_text(text.replace(old, new), encoding="utf-8")
     return folder
 
 
+@pytest.fixture
+def tiny_world(tmp_path):
+    return World(write_lexicon(tmp_path))
+
+
 def kind_of(parse):
-    return "literal" if not parse.phrase.topic else "pun" if parse.phrase.topic == parse.thing.topic else "mismatch"
+    if not parse.phrase.topic:
+        return "literal"
+    return "pun" if parse.phrase.topic == parse.thing.topic else "mismatch"
 
 # -----------------------------------------------------------------------------
 # writing and judging
 
 def test_what_is_written_parses_back():
-    """The property that all rests on: every thing, phrase and frame, in random company, parses to exactly what it was written from, and
-    is judged as what it is."""
+    """Every thing, phrase, and frame in random company parses to what it was written from.
+
+    All that is measured rests on this property."""
     w, rng = world(), random.Random(1)
-    triples = [(rng.choice(w.frames), thing, rng.choice(w.phrases + w.literals)) for thing in w.things * 2]
-    triples += [(rng.choice(w.frames), rng.choice(w.things), phrase) for phrase in (w.phrases + w.literals) * 2]
-    triples += [(frame, rng.choice(w.things), rng.choice(w.phrases + w.literals)) for frame in w.frames * 20]
+    phrases = w.phrases + w.literals
+    triples = [(rng.choice(w.frames), thing, rng.choice(phrases)) for thing in w.things * 2]
+    triples += [(rng.choice(w.frames), rng.choice(w.things), phrase) for phrase in phrases * 2]
+    triples += [(frame, rng.choice(w.things), rng.choice(phrases)) for frame in w.frames * 20]
     for frame, thing, phrase in triples:
+        text = w.render(frame, thing, phrase)
         if frame in w.frames_for[thing.kind]:
-            verdict = w.judge(w.prompt(thing), " " + w.render(frame, thing, phrase))
-            pun = phrase.topic == thing.topic
-            assert verdict.parse == (frame, thing, phrase)
-            assert verdict[:4] == (True, True, pun, pun and (thing, phrase) in w.held_out)
+            is_pun = phrase.topic == thing.topic
+            expected = (True, True, is_pun, (frame, thing, phrase))
+            assert w.judge(w.prompt(thing), " " + text) == expected
         else:
-            assert w.parse(w.render(frame, thing, phrase)) is None
+            assert w.parse(text) is None
 
 
-def test_a_change_of_one_word_that_breaks_the_pun_is_seen():
-    """Another thing in the same sentence: still English, no pun. A word misspelled, doubled or cut off: no sentence at all."""
+def test_one_changed_word_breaks_the_pun():
+    """With another thing it is English, but no pun. With a misspelling it is no sentence."""
     w, rng = world(), random.Random(3)
     for _ in range(300):
         thing = rng.choice(w.things)
-        frame, phrase = rng.choice(w.frames_for[thing.kind]), rng.choice(w.topic_phrases[thing.topic])
+        frame = rng.choice(w.frames_for[thing.kind])
+        phrase = rng.choice(w.topic_phrases[thing.topic])
         text = w.render(frame, thing, phrase)
-        other = rng.choice([t for t in w.things if t.topic != thing.topic and t.kind == thing.kind])
+        others = [t for t in w.things if t.topic != thing.topic and t.kind == thing.kind]
+        other = rng.choice(others)
         verdict = w.judge(w.prompt(other), " " + w.render(frame, other, phrase))
-        assert verdict.fluent and verdict.on_topic and not verdict.pun
-        i, words = rng.randrange(len(text)), text.split()
+        assert verdict[:3] == (True, True, False)
+        words, i = text.split(), rng.randrange(len(text))
         k = rng.randrange(len(words))
-        for broken in (text[:i] + "zz" + text[i:], " ".join(words[:k] + [words[k]] + words[k:]), " ".join(words[:-1])):
+        doubled, cut = " ".join(words[:k + 1] + words[k:]), " ".join(words[:-1])
+        for broken in (text[:i] + "zz" + text[i:], doubled, cut):
             assert not w.judge(w.prompt(thing), " " + broken).fluent
 
 
-def test_judge_fields(tmp_path):
-    w = World(write_lexicon(tmp_path))
-    lose = " I was a banker until I lost interest."
-    assert w.judge("About a banker:", lose)[:3] == (True, True, True)
-    assert w.judge("About a teller:", lose)[:3] == (True, False, True)             # a pun, but not what was asked for
-    assert w.judge("About a banker:", lose[1:])[:3] == (True, True, True)          # the space is format
-    assert w.judge("About a banker:", " " + lose)[0] is False                      # a second one is not
-    assert w.judge("About a banker:", " I was a banker until I kneaded a hug.")[:3] == (True, True, False)
-    assert w.judge("About an oven:", " I was an oven until I kneaded a hug.") == (False, False, False, False, None)   # no person
-    for text in ("", " ", lose[:-1], lose + " ", lose.lower(), lose + lose, lose.replace("a banker", "an banker"), "\x00", "😀"):
-        assert w.judge("About a banker:", text) == (False, False, False, False, None), text
+def test_judge_fields(tiny_world):
+    def judge(prompt, text):
+        return tiny_world.judge(prompt, text)[:3]       # fluent, on topic, pun
 
+    lose, knead = " I was a banker until I lost interest.", " I was a banker until I kneaded a hug."
+    assert judge("About a banker:", lose) == (True, True, True)
+    assert judge("About a teller:", lose) == (True, False, True)
+    assert judge("About a banker:", knead) == (True, True, False)
+    assert judge("About a banker:", lose[1:]) == (True, True, True)     # one space is format
+    broken = ["", " ", " " + lose, lose[:-1], lose + " ", lose.lower(), lose + lose, "\x00", "😀",
+              lose.replace("a banker", "an banker"), " I was an oven until I kneaded a hug."]
+    for text in broken:
+        verdict = tiny_world.judge("About a banker:", text)
+        assert verdict == (False, False, False, None), text
 
 # -----------------------------------------------------------------------------
 # words
 
-@pytest.mark.parametrize("name, expected", [
-    ("banker", "a banker"), ("actor", "an actor"), ("unicorn", "a unicorn"), ("used car", "a used car"), ("ukulele", "a ukulele"),
-    ("one-man band", "a one-man band"), ("European", "a European"), ("hourglass", "an hourglass"), ("heir", "an heir"), ("herb grower", "an herb grower"),
-    ("honest man", "an honest man"), ("x-ray", "an x-ray"), ("umpire", "an umpire"), ("undertaker", "an undertaker"), ("owl", "an owl")])
-def test_articles(name, expected):
-    slots = Thing("t", "person", name, name + "s").slots
-    assert slots["a X"] == expected and slots["A X"] == expected[0].upper() + expected[1:]
+@pytest.mark.parametrize("article, names", [
+    ("a", ["banker", "unicorn", "used car", "ukulele", "one-man band", "European"]),
+    ("an", ["actor", "hourglass", "heir", "herb grower", "honest man", "x-ray", "umpire",
+            "undertaker", "owl"])])
+def test_articles(article, names):
+    for name in names:
+        slots = Thing("topic", "person", name, name + "s").slots
+        assert slots["a X"] == f"{article} {name}"
+        assert slots["A X"] == f"{article.capitalize()} {name}"
 
 
-@pytest.mark.parametrize("name, expected", [("banker", "bankers"), ("box", "boxes"), ("coach", "coaches"), ("brush", "brushes"),
-                                            ("boss", "bosses"), ("baby", "babies"), ("monkey", "monkeys"), ("quiz", "quizes")])
-def test_plurals(name, expected):
-    assert pluralize(name) == expected      # an irregular one ("quizzes") is written in the lexicon: name/plural
+def test_plurals():
+    """Irregular plurals, such as quizzes, are spelled out in the lexicon: name/plural."""
+    plurals = {"banker": "bankers", "box": "boxes", "coach": "coaches", "brush": "brushes",
+               "boss": "bosses", "baby": "babies", "monkey": "monkeys", "quiz": "quizes"}
+    assert {noun: pluralize(noun) for noun in plurals} == plurals
 
 
 def test_pronouns_and_reflexives(tmp_path):
-    w = World(write_lexicon(tmp_path, literals=("paint the fence", "paint one's hat\npaint oneself in everyone's way"),
-                            topics=("object oven", "animal owl"), frames=("Old {Xs}", "{A X}? {They} {past X's}, did {they}.\na | any | Old {Xs}")))
-    frame, (_, hat, me), (banker, _, owl) = w.frames[1], w.literals, w.things
-    for whose, self in dict(my="myself", your="yourself", his="himself", her="herself", its="itself", our="ourselves",
-                            their="themselves").items():
-        assert w.inflect(hat, "past", whose) == f"painted {whose} hat"
-        assert w.inflect(me, "past", whose) == f"painted {self} in everyone's way"
+    w = World(write_lexicon(
+        tmp_path, topics=("object oven", "animal owl"),
+        literals=("the fence", "one's hat\npaint oneself in everyone's way"),
+        frames=("Old {Xs} never die", "{A X}? {They} {past X's}, did {they}.\na | any | Old {Xs}")))
+    frame, (_, hat, self_), (banker, _, owl) = w.frames[1], w.literals, w.things
+    reflexives = dict(my="myself", your="yourself", his="himself", her="herself", its="itself",
+                      our="ourselves", their="themselves")
+    for whose, reflexive in reflexives.items():
+        assert w.inflect(hat, f"past {whose}") == f"painted {whose} hat"
+        assert w.inflect(self_, f"past {whose}") == f"painted {reflexive} in everyone's way"
     assert w.render(frame, banker, hat) == "A banker? They painted their hat, did they."
     assert w.render(frame, owl, hat) == "An owl? It painted its hat, did it."
-    assert w.render(frame, owl, me) == "An owl? It painted itself in everyone's way, did it."
-    assert w.parse("An owl? It painted its hat, did it.") and not w.parse("An owl? It painted their hat, did it.")
+    assert w.render(frame, owl, self_) == "An owl? It painted itself in everyone's way, did it."
+    assert w.parse("An owl? It painted its hat, did it.")
+    assert not w.parse("An owl? It painted their hat, did it.")
 
 # -----------------------------------------------------------------------------
 # records
 
-def pairs_of(texts):
+def pun_pairs(texts):
     """The (thing, phrase) of every text that parses to a pun."""
-    parses = [parse for text in texts if (parse := world().parse(text.removeprefix(" ")))]
-    return {parse[1:] for parse in parses if kind_of(parse) == "pun"}
+    parses = [world().parse(text.removeprefix(" ")) for text in texts]
+    return {parse[1:] for parse in parses if parse and kind_of(parse) == "pun"}
 
 
 def test_held_out_pairs_are_in_no_training_set():
     w = world()
-    puns = sum(len(w.topic_phrases[thing.topic]) for thing in w.things)
-    assert len(set(w.held_out)) == round(HELD_OUT * puns) and HELD_OUT == 0.15
-    # enough records to meet nearly every pair that may be met, so that a held-out one would be met too
-    seen = pairs_of(record["completion"] for record in w.corpus(20_000, seed=5, mix={"pun": 1.0}))
-    seen |= pairs_of(text for record in w.preferences(8_000, seed=5) for text in (record["chosen"], record["rejected"]))
-    seen |= pairs_of(text for record in w.rankings(4_000, seed=5) for text in record["ranked"])
-    assert len(seen) > 0.95 * (puns - len(w.held_out))
+    n_puns = sum(len(w.topic_phrases[thing.topic]) for thing in w.things)
+    assert HELD_OUT == 0.15 and len(set(w.held_out)) == round(HELD_OUT * n_puns)
+    # These are enough records to see nearly every allowed pair, so a held-out one would be seen.
+    texts = [record["completion"] for record in w.corpus(20_000, seed=5, mix={"pun": 1.0})]
+    for record in w.preferences(8_000, seed=5):
+        texts += [record["chosen"], record["rejected"]]
+    for record in w.rankings(4_000, seed=5):
+        texts += record["ranked"]
+    seen = pun_pairs(texts)
+    assert len(seen) > 0.95 * (n_puns - len(w.held_out))
     assert not seen & set(w.held_out)
-    # and the held-out preferences are about nothing else
-    chosen = pairs_of(record["chosen"] for record in w.preferences(500, seed=6, held_out=True))
+    # The held-out preferences contain no other puns.
+    chosen = pun_pairs(record["chosen"] for record in w.preferences(500, seed=6, held_out=True))
     assert chosen and chosen <= set(w.held_out)
 
 
 def test_each_thing_keeps_a_pun_to_learn(tmp_path, monkeypatch):
     monkeypatch.setattr(puns, "HELD_OUT", 1.0)
     w = World(write_lexicon(tmp_path))
-    assert [len(phrases) for phrases in w.train_puns.values()] == [1, 1, 1] and len(w.held_out) == 3     # of 3 x 2
+    assert [len(phrases) for phrases in w.train_puns.values()] == [1, 1, 1]
+    assert len(w.held_out) == 3         # of 3 things with 2 phrases each
 
 
 def test_corpus_mix():
-    """30 % puns, 35 % mismatches, 35 % literal: 10,000 records, standard error at most .5 %."""
+    """30 % puns, 35 % mismatches, 35 % literals; the standard error is 0.5 %."""
     w, n = world(), 10_000
-    counts = Counter(kind_of(w.parse(record["completion"][1:])) for record in w.corpus(n, seed=7))
+    texts = [record["completion"].removeprefix(" ") for record in w.corpus(n, seed=7)]
+    counts = Counter(kind_of(w.parse(text)) for text in texts)
     assert sum(MIX.values()) == pytest.approx(1)
     for kind, share in MIX.items():
         assert counts[kind] / n == pytest.approx(share, abs=0.02)
 
 
-def test_records_ask_for_what_they_tell():
-    """0 broken or off topic, 1 fluent, 2 a pun."""
+def test_better_texts_are_better(tiny_world):
     def level(record, text):
+        """0: broken or off topic, 1: fluent and on topic, 2: a pun."""
         verdict = w.judge(record["prompt"], text)
-        return verdict.on_topic * (1 + verdict.pun)
+        return 1 + verdict.pun if verdict.on_topic else 0
 
-    w = world()
-    assert all(level(record, record["completion"]) >= 1 for record in w.corpus(300, seed=8))
-    assert all(level(record, record["chosen"]) > level(record, record["rejected"]) for record in w.preferences(300, seed=8))
-    assert all([level(record, text) for text in record["ranked"]] == [2, 1, 0] for record in w.rankings(300, seed=8))
+    for w in (world(), tiny_world):
+        for record in w.corpus(300, seed=8):
+            assert level(record, record["completion"]) >= 1
+        for record in w.preferences(300, seed=8):
+            assert level(record, record["chosen"]) > level(record, record["rejected"])
+        for record in w.rankings(300, seed=8):
+            assert [level(record, text) for text in record["ranked"]] == [2, 1, 0]
 
 
-def test_label_noise_flips_the_given_share():
-    """The same pairs with and without noise: 4000 of them, a quarter of them the other way round (standard error .7 %)."""
-    w = world()
-    clean, noisy = w.preferences(4000, seed=9), w.preferences(4000, seed=9, noise=0.25)
-    flips = [a | {"chosen": a["rejected"], "rejected": a["chosen"]} for a in clean]
-    assert all(b in (a, flip) for a, b, flip in zip(clean, noisy, flips, strict=True))
-    assert sum(b == flip for b, flip in zip(noisy, flips, strict=True)) / 4000 == pytest.approx(0.25, abs=0.03)
+def test_damage_is_of_four_kinds():
+    """Of "a b": a word dropped, doubled, or swapped with another, or the rest cut off."""
+    rng = random.Random(4)
+    damaged = {world().damage(rng, "a b") for _ in range(200)}
+    assert damaged == {"a", "b", "a a b", "a b b", "b a", "a b"}    # no text of these is a sentence
+
+
+def test_label_noise_flips_the_given_fraction():
+    """The same pairs with and without noise, a quarter of them flipped; standard error 0.7 %."""
+    w, n = world(), 4000
+    flips = 0
+    for clean, noisy in zip(w.preferences(n, 9), w.preferences(n, 9, noise=0.25), strict=True):
+        flipped = clean | {"chosen": clean["rejected"], "rejected": clean["chosen"]}
+        assert noisy in (clean, flipped)
+        flips += noisy == flipped
+    assert flips / n == pytest.approx(0.25, abs=0.03)
 
 
 def test_seeds_reproduce_and_differ():
+    def held_out(w):
+        return [(thing.name, phrase.text) for thing, phrase in w.held_out]
+
     w = world()
     for make in (w.corpus, w.preferences, w.rankings):
         assert make(50, 1) == make(50, 1) != make(50, 2)
-    names = [[(thing.name, phrase.text) for thing, phrase in some.held_out] for some in (w, World())]
-    assert names[0] == names[1]
+    assert held_out(w) == held_out(World())
 
-# -----------------------------------------------------------------------------
-# entropy
 
-def test_entropy_by_writing_everything_down(tmp_path):
-    """In a tiny world all completions of a prompt can be listed with their probabilities: they sum to 1, and H = -sum p log p."""
-    w, entropies = World(write_lexicon(tmp_path)), []
+def test_entropy_by_enumeration(tiny_world):
+    """H = -sum p log p over all completions of a prompt, whose probabilities sum to 1."""
+    w, entropies = tiny_world, []
     for thing in w.things:
         p = Counter()
-        for frame in w.frames_for[thing.kind]:
-            by_kind = {"pun": w.train_puns[thing], "literal": w.literals, "mismatch": [f for f in w.phrases if f.topic != thing.topic]}
-            for kind, phrases in by_kind.items():
+        frames = w.frames_for[thing.kind]
+        mismatches = [phrase for phrase in w.phrases if phrase.topic != thing.topic]
+        choices = {"pun": w.train_puns[thing], "literal": w.literals, "mismatch": mismatches}
+        for frame in frames:
+            for kind, phrases in choices.items():
                 for phrase in phrases:
-                    p[w.render(frame, thing, phrase)] += MIX[kind] / len(phrases) / len(w.frames_for[thing.kind])
+                    text = w.render(frame, thing, phrase)
+                    p[text] += MIX[kind] / len(phrases) / len(frames)
         assert sum(p.values()) == pytest.approx(1)
         entropies.append(-sum(x * math.log(x) for x in p.values()))
     assert w.entropy() == pytest.approx(sum(entropies) / len(entropies), abs=1e-9)
 
 # -----------------------------------------------------------------------------
-# the checker
+# the lexicon and the command line
 
 @pytest.mark.parametrize("file, old, new, where, reason", [
     ("topics", "person banker", "people banker", "topics.txt:2", "unknown field 'people'"),
     ("topics", "topic banks\n", "", "topics.txt:1", "before the first topic"),
-    ("topics", "topic bread", "topic banks", "topics.txt:5", "topic 'banks' stands already at topics.txt:1"),
-    ("topics", "teller", "banker", "topics.txt:2", "thing 'banker' stands already at topics.txt:2"),
-    ("topics", "cash in one's *chips*", "lose *interest*", "topics.txt:4", "phrase 'lose interest' stands already at topics.txt:3"),
-    ("topics", "the *loaf*", "the *interest*", "topics.txt:8", "pun word 'interest' stands already at topics.txt:3"),
-    ("topics", "*knead/need*", "*knead/interest*", "topics.txt:7", "pun word 'interest' stands already at topics.txt:3"),
-    ("topics", "the *loaf*", "the *banker*", "topics.txt:8", "'banker' of topic bread is also a thing of topic banks"),
-    ("topics", "*interest*", "interest", "topics.txt:3", "mark one pun word with asterisks, here are 0"),
-    ("topics", "lose *interest*", "*lose* *interest*", "topics.txt:3", "mark one pun word with asterisks, here are 2"),
+    ("topics", "topic bread", "topic banks", "topics.txt:5", "already defined at topics.txt:1"),
+    ("topics", "teller", "banker", "topics.txt:2", "'banker' is already defined at topics.txt:2"),
+    ("topics", "cash in one's *chips*", "lose *interest*", "topics.txt:4", "'lose interest' is"),
+    ("topics", "the *loaf*", "the *interest*", "topics.txt:8", "defined at topics.txt:3"),
+    ("topics", "*knead/need*", "*knead/interest*", "topics.txt:7", "pun word 'interest' is"),
+    ("topics", "the *loaf*", "the *banker*", "topics.txt:8", "'banker' belongs to topic banks"),
+    ("topics", "oven", "oven/bankers", "topics.txt:6", "'bankers' belongs to topic banks"),
+    ("topics", "*interest*", "interest", "topics.txt:3", "mark one pun word with asterisks, not 0"),
+    ("topics", "lose *interest*", "*lose* *interest*", "topics.txt:3", "with asterisks, not 2"),
     ("topics", " | curiosity", "", "topics.txt:3", "a pun is: phrase with its *pun word*"),
-    ("topics", "lose *interest*", "Lose *interest*!", "topics.txt:3", "two or more lower-case words without punctuation"),
+    ("topics", "lose *interest*", "Lose *interest*!", "topics.txt:3", "without punctuation"),
     ("topics", "object oven\n", "", "topics.txt:5", "topic bread has no thing"),
-    ("verbs", "rise rises rose risen rising\n", "", "topics.txt:8", "all forms of 'rise'"),
+    ("verbs", "rise rises rose risen rising\n", "", "topics.txt:8", "'rise' has no forms yet"),
     ("verbs", "rose risen", "rose", "verbs.txt:4", "five forms"),
-    ("verbs", "move moves moved moved moving", "lose loses lost lost losing", "verbs.txt:5", "verb 'lose' stands already at verbs.txt:1"),
-    ("literals", "paint the fence", "move to another town", "literals.txt:3", "phrase 'move to another town' stands already"),
+    ("verbs", "move moves", "lose loses", "verbs.txt:5", "verb 'lose' is already defined at verbs"),
+    ("literals", "paint the fence", "move to another town", "literals.txt:3", "is already defined"),
+    ("literals", "paint the fence", "paint the *fence*", "literals.txt:3", "without punctuation"),
     ("frames", "{past my}", "{passed my}", "frames.txt:1", "unknown slot {passed my}"),
     ("frames", "{past my}", "left", "frames.txt:1", "exactly one for the phrase"),
+    ("frames", "they just", "they {past my}, they", "frames.txt:2", "exactly one for the phrase"),
+    ("frames", "never |", "a | any | I was {a X} until I {past my}.\nnever |", "frames.txt:2",
+     "is already defined at frames.txt:1"),
     ("frames", "{a X}", "someone", "frames.txt:1", "a slot for the thing"),
     ("frames", "Old {Xs}", "Old {Xs} }", "frames.txt:2", "Single '}' encountered"),
-    ("literals", "paint the fence", "paint the *fence*", "literals.txt:3", "mark no pun word"),
-    ("frames", "| person |", "| people |", "frames.txt:1", "a frame is: family | person or any | text"),
+    ("frames", "| person |", "| people |", "frames.txt:1", "a frame is: family | person or any"),
 ])
 def test_mistakes_are_found_with_file_and_line(tmp_path, file, old, new, where, reason):
     with pytest.raises(InputError) as error:
         World(write_lexicon(tmp_path, **{file: (old, new)}))
-    assert any(line.startswith(where + ": ") and reason in line for line in str(error.value).splitlines()), str(error.value)
+    mistakes = str(error.value).splitlines()
+    assert any(re.match(f"{where}: .*{re.escape(reason)}", line) for line in mistakes), mistakes
 
 
 def test_a_missing_lexicon_file_is_named(tmp_path):
@@ -241,15 +295,38 @@ def test_a_missing_lexicon_file_is_named(tmp_path):
         World(tmp_path)
 
 
-def test_the_check_command(tmp_path, monkeypatch, capsys):
-    """It counts what is there, and names a sentence that does not parse back."""
-    w = World(write_lexicon(tmp_path))
-    assert w.phrases[2].text == "knead a hug" and (w.phrases[2].written, w.phrases[2].heard) == ("knead", "need")
+def test_files_from_windows_are_read_alike(tmp_path, tiny_world):
+    """A byte order mark and CRLF, as editors on Windows write them, change nothing."""
+    for path in tmp_path.glob("*.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert World(tmp_path).corpus(50, seed=1) == tiny_world.corpus(50, seed=1)
+
+
+def test_check_command(tiny_world, monkeypatch, capsys):
+    """It counts what is there, and it names a sentence that does not parse back."""
+    w = tiny_world
+    assert w.phrases[2].text == "knead a hug"
+    assert (w.phrases[2].written, w.phrases[2].heard) == ("knead", "need")
     monkeypatch.setattr(puns, "World", lambda: w)
     puns.check()
     out = capsys.readouterr().out
-    assert "2 topics, 3 things, 4 pun phrases (1 of them heterographic), 2 literal phrases, 2 frames in 2 families" in out
-    assert "6 pairs make a pun, 1 of them are held out" in out        # 2 x 2 + 1 x 2; .15 * 6 = .9
+    assert ("2 topics, 3 things, 4 pun phrases (1 of them heterographic), 2 literal phrases, "
+            "2 frames in 2 families") in out
+    assert "6 pairs make a pun, 1 of them are held out" in out      # 2 x 2 + 1 x 2; 0.15 of them
     monkeypatch.setattr(w, "parse", lambda text: None)
     with pytest.raises(InputError, match="ambiguous: 'I was a"):
         puns.check()
+
+
+def test_sample_and_judge_commands(tiny_world, monkeypatch, capsys):
+    monkeypatch.setattr(puns, "world", lambda: tiny_world)
+    puns.sample(n=30)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 30
+    assert any(line.endswith("a hug.   [knead/need: to work dough; to want]") for line in lines)
+    with pytest.raises(InputError, match="--kind is one of pun, mismatch, literal, not 'joke'"):
+        puns.sample(kind="joke")
+    puns.judge("About a teller:", "I was a banker until I lost interest.")
+    out = capsys.readouterr().out
+    assert out.startswith("fluent True, on topic False, pun True\nframe  I was {a X}")
+    assert out.endswith("thing  banker (banks)\nphrase lose interest (banks)\n")

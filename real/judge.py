@@ -1,0 +1,317 @@
+"""
+A language model as the judge: which of two puns is better? Over any OpenAI-compatible endpoint.
+
+    1. each policy and the SFT model answer the same prompts
+    2. every pair is asked in both orders, since judges prefer a position: a win is 1 point, a tie
+       1/2, and a pair counts the mean of both orders
+    3. win rate = mean over the pairs, with Wilson's 95 % interval; beside it, how the judge itself
+       behaves: ties, how often both orders agree, how often the first text wins (50 % is fair)
+
+    python -m real.judge --url http://localhost:8000/v1 --model NAME        all policies in runs/
+    python -m real.judge --url ... --model ... --sources a.pt b.pt          these two
+    python -m real.judge --url ... --model ... --sources a.jsonl b.jsonl    two files of texts
+
+The key comes from the environment, WORDPLAY_API_KEY or OPENAI_API_KEY. It is written nowhere and
+sent to no other host. Every answer is kept at once in runs/judge.jsonl, so a stopped run loses
+nothing and no question is asked twice.
+"""
+
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+import tyro
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import InvalidHeader
+from urllib3.util import Retry
+
+from common import InputError, atomic_write, command_line, progress_bar, read_jsonl
+from model import LANGUAGE_MODEL, read_checkpoint
+from real.label import pairs
+
+QUESTION = """Here are two texts, each an answer to: {prompt}
+
+Text 1: {first}
+
+Text 2: {second}
+
+Which one is the better pun: a phrase that makes sense twice, in good English, and funny? Answer \
+with nothing but 1, 2, or = if you cannot tell them apart."""
+
+VERDICT = re.compile(r"""
+    \W*
+    (?:(?:the\ )?(?:final\ )?(?:answer|verdict|text|winner)\b(?:\ is)?[\s:*]*(?:text\ )?)?
+    (1|2|=|tie)
+    [\s.*"'`)\]]*""", re.IGNORECASE | re.VERBOSE)
+
+# -----------------------------------------------------------------------------
+# the endpoint
+
+class PatientRetry(Retry):
+    """urllib3's retries. A server that asks for a longer wait gets a minute at most, and one that
+    says no readable time gets the usual wait."""
+
+    def parse_retry_after(self, retry_after):
+        try:
+            return min(super().parse_retry_after(retry_after), 60)
+        except InvalidHeader:
+            return 0
+
+
+def connect(key, workers, retries=5, wait=1.0):
+    """A session that sends the key and retries what may pass: a busy or broken server, a cut
+    connection, a time-out. wait: seconds before the second retry; they double each time."""
+    retry = PatientRetry(
+        total=retries, backoff_factor=wait / 2, backoff_jitter=wait / 2, backoff_max=60,
+        allowed_methods=["POST"], status_forcelist=[408, 409, 425, 429, *range(500, 600)],
+        raise_on_status=False)
+    adapter = HTTPAdapter(max_retries=retry, pool_maxsize=workers)
+    session = requests.Session()
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+
+    def add_key(request):
+        if key:
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    session.auth = add_key      # without it, requests would look for a password in ~/.netrc
+    # Otherwise each retry is a line among those of the progress bar.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    return session
+
+
+def verdict_in(text):
+    """'1', '2' or '=' in the last line of what the judge wrote; '' if there is none.
+
+    What a model thinks aloud before it answers does not count."""
+    text = re.sub(r"(?s)^.*</think>", "", text).strip()
+    match = VERDICT.fullmatch(text.splitlines()[-1]) if text else None
+    if match is None:
+        return ""
+    return "=" if match[1].lower() == "tie" else match[1]
+
+
+class Judge:
+    """Asks an endpoint, and remembers its verdicts in a file."""
+
+    def __init__(self, url, model, cache, workers=4, timeout=60.0, **retries):
+        """cache: path of the file. retries: see connect(). Raises InputError if url is none."""
+        if not re.match(r"https?://[^/@]+(/|$)", url):
+            raise InputError("--url is the address of an endpoint, such as "
+                             f"http://localhost:8000/v1, not '{url}'")
+        self.url, self.model, self.cache = url, model, Path(cache)
+        self.workers, self.timeout = workers, timeout
+        self.key = os.environ.get("WORDPLAY_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
+        self.session = connect(self.key, workers, **retries)
+        self.n_requests, self.lock = 0, threading.Lock()
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        text = self.cache.read_text(encoding="utf-8") if self.cache.exists() else ""
+        if not text.endswith("\n"):
+            # Stopped in the middle of a line: that question is asked again.
+            self.cache.write_text(text[:text.rfind("\n") + 1], encoding="utf-8")
+        self.verdict_of = {row["id"]: row["verdict"] for row in read_jsonl(self.cache)}
+
+    def body(self, question, temperature=0.0):
+        return {"model": self.model, "messages": [{"role": "user", "content": question}],
+                "temperature": temperature}
+
+    def id(self, question):
+        content = json.dumps([self.url, self.body(question)])
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+    def ask(self, question, temperature=0.0):
+        """The text that the endpoint answers. Raises InputError if it cannot be had."""
+        for _ in range(3):
+            try:
+                # A redirect would carry the key to another host.
+                response = self.session.post(
+                    self.url.rstrip("/") + "/chat/completions", timeout=self.timeout,
+                    json=self.body(question, temperature), allow_redirects=False)
+            except requests.exceptions.ChunkedEncodingError as error:   # an answer was cut off
+                problem = error
+                continue
+            except requests.RequestException as error:
+                problem = getattr(error.args[0], "reason", error) if error.args else error
+                break
+            if response.status_code != 200:
+                problem = self.refusal(response)
+                break
+            try:
+                return str(response.json()["choices"][0]["message"]["content"] or "")
+            except (ValueError, LookupError, TypeError) as error:
+                problem = f"the answer is no chat completion ({error!r})"
+        raise InputError(f"{self.url}: gave up: {problem}; the answers so far are kept, and the "
+                         "same command continues from them")
+
+    def refusal(self, response):
+        advice = ""
+        if response.status_code in (401, 403):
+            advice = ": set WORDPLAY_API_KEY or OPENAI_API_KEY"
+        text = response.text
+        if self.key:
+            text = text.replace(self.key, "***")
+        return (f"the server answers {response.status_code} {response.reason}{advice}; "
+                f"it says: {text[:300]!r}")
+
+    def judge(self, question):
+        """Asks one question and keeps the verdict. After a text without a verdict it asks twice
+        more, with some chance in it; then the question stays without one."""
+        for temperature in (0.0, 0.7, 0.7):
+            text = self.ask(question, temperature)
+            with self.lock:
+                self.n_requests += 1
+            verdict = verdict_in(text)
+            if verdict:
+                break
+        row = {"id": self.id(question), "verdict": verdict, "model": self.model,
+               "answer": text[-200:]}
+        with self.lock, self.cache.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.verdict_of[row["id"]] = verdict
+
+    def verdicts(self, questions):
+        """'1', '2', '=' or '' (no verdict) of each question."""
+        new = [question for question in dict.fromkeys(questions)
+               if self.id(question) not in self.verdict_of]
+        pool = concurrent.futures.ThreadPoolExecutor(self.workers)
+        try:
+            running = [pool.submit(self.judge, question) for question in new]
+            finished = concurrent.futures.as_completed(running)
+            for future in progress_bar(finished, "judge", len(running), at_least=1):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)      # questions under way are still kept
+        return [self.verdict_of[self.id(question)] for question in questions]
+
+# -----------------------------------------------------------------------------
+# the table
+
+def wilson(p, n, z=1.96):
+    """(low, high) of Wilson's 95 % interval for a rate p in n trials.
+
+    With ties, which count half, it is a little too wide, never too narrow."""
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) * z / (1 + z * z / n)
+    return center - half, center + half
+
+
+def summarize(name, verdicts):
+    """One row of the table.
+
+    verdicts: for each pair (verdict with a shown first, verdict with b shown first). A pair with
+    an empty verdict is left out. Raises InputError if none is left."""
+    kept = [pair for pair in verdicts if all(pair)]
+    if not kept:
+        raise InputError(f"{name}: the judge gave no verdict on any of {len(verdicts)} pairs, "
+                         "only other text; see judge.jsonl")
+    points = {"1": 1.0, "=": 0.5, "2": 0.0}         # of the text that was shown first
+    wins, first_shown = [], []
+    n_consistent = 0
+    for a_first, b_first in kept:
+        a_points, b_points = points[a_first], points[b_first]
+        wins.append((a_points + 1 - b_points) / 2)          # of a
+        first_shown += [a_points, b_points]
+        n_consistent += a_points == 1 - b_points
+    win = sum(wins) / len(wins)
+    low, high = wilson(win, len(wins))
+    return {"policies": name, "pairs": len(kept), "win": win, "low": low, "high": high,
+            "ties": first_shown.count(0.5) / len(first_shown),
+            "consistent": n_consistent / len(kept),
+            "first": sum(first_shown) / len(first_shown),
+            "no_verdict": len(verdicts) - len(kept)}
+
+
+HEADER = (f"{'policies':>24}  pairs  {'win %':>20}  ties %  {'same in both orders %':>21}  "
+          "first shown wins %")
+
+
+def format_row(row):
+    win = f"{100 * row['win']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+    line = (f"{row['policies']:>24}  {row['pairs']:>5}  {win:>20}  {100 * row['ties']:>6.1f}  "
+            f"{100 * row['consistent']:>21.1f}  {100 * row['first']:>18.1f}")
+    if row["no_verdict"]:
+        line += f"   ({row['no_verdict']} pairs without a verdict)"
+    return line
+
+
+@dataclass(slots=True)
+class Config:
+    url: str                    # of the endpoint, such as http://localhost:8000/v1
+    model: str                  # the judge's name there
+    sources: tuple[str, ...] = ()   # two checkpoints, or two files; () is every policy in out_dir
+    reference: str = "runs/sft/ckpt.pt"     # what these policies are compared with
+    out_dir: str = "runs"
+    n: int = 100                # pairs of each policy, each asked twice
+    data: str = ""              # JSONL of prompts for checkpoints; '' is the pun world's
+    seed: int = 0               # of the samples
+    workers: int = 4            # requests at a time
+    timeout: float = 60.0       # seconds to wait for an answer
+
+
+def matches(config):
+    """[(source, source)] to compare. Without --sources: every other policy and the reference."""
+    if config.sources:
+        if len(config.sources) != 2:
+            raise InputError("--sources names two checkpoints or two files; without it every "
+                             "policy is compared with the reference")
+        return [config.sources]
+    found = []
+    for path in sorted(Path(config.out_dir).glob("*/ckpt.pt")):
+        if path.resolve() == Path(config.reference).resolve():
+            continue
+        try:
+            kind = read_checkpoint(path)["kind"]
+        except InputError as error:
+            kind = str(error)
+        if kind == LANGUAGE_MODEL:
+            found.append((str(path), config.reference))
+        else:
+            print(f"left out: {path} ({kind})")
+    if not found:
+        raise InputError(f"{config.out_dir}: there is no other policy's ckpt.pt; name two "
+                         "--sources")
+    return found
+
+
+def name_of(source):
+    """A policy is known by its folder, a file by its name."""
+    path = Path(source)
+    return path.parent.name if path.suffix == ".pt" else path.name
+
+
+def main(config):
+    """Writes out_dir/judge.json. Returns its rows. Raises InputError for unusable input."""
+    cache = Path(config.out_dir, "judge.jsonl")
+    judge = Judge(config.url, config.model, cache, config.workers, config.timeout)
+    compared = matches(config)
+    print(HEADER)
+    rows = []
+    for a, b in compared:
+        questions = []
+        for prompt, x, y in itertools.islice(pairs(a, b, config.data, config.seed), config.n):
+            for first, second in ((x, y), (y, x)):
+                questions.append(QUESTION.format(
+                    prompt=prompt.strip(), first=first.strip(), second=second.strip()))
+        verdicts = judge.verdicts(questions)
+        both_orders = list(zip(verdicts[::2], verdicts[1::2], strict=True))
+        rows.append(summarize(f"{name_of(a)} : {name_of(b)}", both_orders))
+        print(format_row(rows[-1]), flush=True)
+    path = Path(config.out_dir, "judge.json")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(f"{judge.n_requests} requests; the table is in {path}, the answers are in {cache}")
+    return rows
+
+
+if __name__ == "__main__":
+    command_line(lambda: main(tyro.cli(Config)))

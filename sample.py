@@ -1,0 +1,99 @@
+"""
+Stage 5, sampling: let any policy write, several of them side by side.
+
+    python sample.py "a banker"                       every policy in runs/, three samples each
+    python sample.py "a banker" --n 10 --temperature 0.7 --top_p 0.9
+    python sample.py "a banker" --policies runs/sft/ckpt.pt runs/ppo/ckpt.pt
+    python sample.py                                  asks for a prompt, again and again
+
+Beside each sample stand the judge's verdict (pun, or ok for on topic), the reward model's score,
+and kl = log pi - log pi_sft of the response in nats, where these exist.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from common import InputError, Options, command_line, make_rng, setup
+from data import format_samples, measure, tokenizer_of
+from model import LANGUAGE_MODEL, load_model, load_reward_model, read_checkpoint
+from puns import world
+
+
+@dataclass(slots=True)
+class Config(Options):
+    prompt: tyro.conf.Positional[str] = ""  # a thing of the pun world, or any text; '' asks for it
+    policies: tuple[str, ...] = ()          # checkpoints; none is every policy in runs/
+    reference: str = "runs/sft/ckpt.pt"             # what kl is measured to, if it exists
+    reward: str = "runs/reward_model/ckpt.pt"       # what score is of, if it exists
+    n: int = 3                  # samples of each policy
+    temperature: float = 1.0    # 0 takes the most likely token
+    top_k: int = 0              # sample among that many most likely tokens; 0 is all
+    top_p: float = 1.0          # sample among the most likely tokens that have this mass
+
+
+def find_policies():
+    """The checkpoints of all language models in runs/, the SFT model first."""
+    paths = sorted(Path("runs").glob("*/ckpt.pt"))
+    paths = [path for path in paths if read_checkpoint(path)["kind"] == LANGUAGE_MODEL]
+    if not paths:
+        raise InputError("there is no policy in runs/; train one with: make, or python sft.py")
+    return sorted(paths, key=lambda path: path.parent.name != "sft")
+
+
+def make_prompt(text):
+    """The prompt that the pun world knows for a thing, "a banker" or "banker"; else the text."""
+    for prompt in (text, f"About {text}:", f"About a {text}:", f"About an {text}:"):
+        if prompt in world().by_prompt:
+            return prompt
+    return text
+
+
+def write(policies, reference, reward_model, text, config, device, autocast):
+    """Prints n samples of every policy, {path: model}, for one prompt."""
+    prompts = [make_prompt(text)] * config.n
+    for path, policy in policies.items():
+        tok, rng = tokenizer_of(policy), make_rng(device, config.seed)
+        # Another tokenizer means other ids, which reference and reward model cannot read.
+        usable = reference is None or reference.tokenizer_fingerprint == tok.fingerprint
+        # The same seed for every policy: what differs is the policy.
+        rows = measure(policy, reference if usable else None, tok, prompts, rng, autocast,
+                       reward_model if usable else None, config.temperature, config.top_k,
+                       config.top_p)
+        print(f"\n{path}\n{format_samples(rows, config.n)}")
+
+
+def main(config):
+    """Samples for one prompt, or for all that the user types. Raises InputError."""
+    device, autocast = setup(config)
+    policies = {}                                                       # path: model
+    for path in config.policies or find_policies():
+        policies[str(path)] = load_model(path, device)
+    reference = reward_model = None                                     # both are optional
+    if Path(config.reference).exists():
+        reference = load_model(config.reference, device)
+    if reference is not None and Path(config.reward).exists():
+        reward_model = load_reward_model(config.reward, device)
+    if config.prompt:
+        write(policies, reference, reward_model, config.prompt, config, device, autocast)
+        return
+    print('A prompt, such as "a banker"; an empty line ends.')
+    while text := ask():
+        try:
+            write(policies, reference, reward_model, text, config, device, autocast)
+        except InputError as error:
+            print(f"error: {error}")
+        config.seed += 1                # the same prompt again gets other samples
+
+
+def ask():
+    """A line from the user; '' at the end of the input."""
+    try:
+        return input("\n> ").strip()                                    # waits for the user
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    command_line(lambda: main(tyro.cli(Config)))

@@ -1,0 +1,87 @@
+"""Sampling: which policies, which prompt, and what stands beside a sample."""
+
+import io
+import shutil
+
+import pytest
+import torch
+from conftest import CPU
+
+import sample
+from common import InputError
+from model import RewardModel, load_model, save_model
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch, sft_ckpt, tok):
+    """A folder with runs/ in it: two policies and a reward model."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ppo", "sft"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(sft_ckpt, f"runs/{name}/ckpt.pt")
+    return tmp_path / "runs"
+
+
+def add_reward_model(sft_ckpt, tok):
+    save_model("runs/reward_model/ckpt.pt", RewardModel(load_model(sft_ckpt)), tok)
+
+
+def output_of(capsys, **options):
+    capsys.readouterr()
+    sample.main(sample.Config(**(CPU | options)))
+    return capsys.readouterr().out
+
+
+def test_every_policy_writes(runs, capsys, sft_ckpt, tok):
+    """The SFT model first; kl beside each sample, and score where there is a reward model."""
+    lines = output_of(capsys, prompt="a banker", n=2).splitlines()
+    assert lines[1] == "runs/sft/ckpt.pt" and lines[5] == "runs/ppo/ckpt.pt" and len(lines) == 8
+    assert all("| About a banker:" in lines[i] for i in (2, 3, 6, 7))
+    assert all("kl +0.00" in lines[i] and "score" not in lines[i] for i in (2, 3, 6, 7))
+    assert lines[2:4] == lines[6:8]                 # the same model with the same seed
+    add_reward_model(sft_ckpt, tok)
+    out = output_of(capsys, prompt="a banker", n=2)
+    assert out.count("score ") == 4 and "reward_model" not in out       # it is no policy
+    alone = output_of(capsys, prompt="a banker", policies=("runs/ppo/ckpt.pt",), reference="none")
+    assert "runs/sft" not in alone and "kl" not in alone and alone.count("About a banker:") == 3
+
+
+def test_options_of_the_sampling(runs, capsys):
+    for options in (dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6)):
+        out = output_of(capsys, prompt="a banker", n=3, reference="none", **options)
+        assert len({line for line in out.splitlines() if "About" in line}) == 1
+    seeds = [output_of(capsys, prompt="a banker", seed=seed) for seed in (1, 1, 2)]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_a_prompt_is_a_thing_or_any_text():
+    for text in ("banker", "a banker", "About a banker:"):
+        assert sample.make_prompt(text) == "About a banker:"
+    assert sample.make_prompt("elevator") == "About an elevator:"
+    assert sample.make_prompt("Tell me a joke.") == "Tell me a joke."
+
+
+def test_prompts_are_asked_for(runs, capsys, monkeypatch):
+    """The same prompt again gets other samples, a bad one an error, and an empty line ends."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"banker\nbanker\n{'1 ' * 40}\n\nowl\n"))
+    out = output_of(capsys, policies=("runs/sft/ckpt.pt",))
+    texts = [line for line in out.splitlines() if "| About a banker:" in line]
+    assert len(texts) == len(set(texts)) == 6
+    assert "error: the prompt '1 1" in out and "owl" not in out
+    monkeypatch.setattr("sys.stdin", io.StringIO("elevator"))
+    assert "About an elevator:" in output_of(capsys, policies=("runs/sft/ckpt.pt",))
+
+
+def test_another_tokenizer_gets_no_score(runs, capsys, sft_ckpt, tok, monkeypatch):
+    """Its ids mean other tokens to the reference and the reward model."""
+    add_reward_model(sft_ckpt, tok)
+    saved = torch.load(sft_ckpt, weights_only=True)
+    torch.save(saved | {"tokenizer_fingerprint": "other"}, "runs/sft/ckpt.pt")
+    out = output_of(capsys, prompt="a banker", policies=("runs/ppo/ckpt.pt",))
+    assert "About a banker:" in out and "kl" not in out and "score" not in out
+
+
+def test_no_policy_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="there is no policy in runs/; train one with: make"):
+        sample.main(sample.Config(prompt="a banker", **CPU))

@@ -1,0 +1,172 @@
+"""Supervised fine-tuning: the loss by hand, what a run learns, and what each option does."""
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import CPU, EOS, PAD, TINY_SFT, awake, close, ids, off, records, tiny, toy
+
+import sft
+from common import read_jsonl
+from data import Batches, encode_records, tokenizer_of
+from model import load_model, logprobs, save_model
+
+# -----------------------------------------------------------------------------
+# the loss
+
+SHORT, LONG = ids([3, EOS, PAD, PAD]), ids([4, 5, 6, EOS])
+
+
+def loss_of(model, completion, n_tokens=None):
+    batch = {"prompt": ids([7, 8]).repeat(len(completion), 1), "completion": completion}
+    return sft.sft_loss(model, batch, n_tokens or sft.count_tokens(model, batch))
+
+
+def test_a_new_model_pays_ln_v_a_token():
+    """Three tokens at ln 12 = 2.4849; those of the prompt are not counted."""
+    loss, nll = loss_of(toy(), ids([1, 2, EOS, PAD]).repeat(64, 1))
+    assert loss.item() == pytest.approx(math.log(12), abs=0.1)
+    assert nll.shape == (64,) and nll.mean().item() == pytest.approx(3 * math.log(12), abs=0.3)
+
+
+def test_the_loss_is_a_mean_over_tokens():
+    """Two tokens and four: (2 a + 4 b) / 6, in one batch or in two, with more pads or fewer."""
+    model, both = awake(toy()), torch.cat([SHORT, LONG])
+    a, b = loss_of(model, SHORT)[0].item(), loss_of(model, LONG)[0].item()
+    expected = (2 * a + 4 * b) / 6
+    assert loss_of(model, both)[0].item() == pytest.approx(expected, abs=1e-5)
+    wide = nn.functional.pad(both, (0, 5), value=PAD)
+    assert loss_of(model, wide)[0].item() == pytest.approx(expected, abs=1e-5)
+    parts = [loss_of(model, part, n_tokens=6)[0].item() for part in (SHORT, LONG)]
+    assert sum(parts) == pytest.approx(expected, abs=1e-5)
+    assert loss_of(model, both)[1].tolist() == pytest.approx([2 * a, 4 * b], abs=1e-4)
+
+
+def test_evaluation_is_the_mean_over_records_in_eval_mode():
+    """300 records in chunks of 256 and 44; the last 44 are short, and so cheap."""
+    model = awake(toy(dropout=0.5)).train()
+    completion = torch.randint(0, EOS, (300, 4))
+    completion[256:, 1:] = PAD
+    encoded = {"prompt": torch.ones(300, 2).long(), "completion": completion}
+    found = sft.evaluate(model, Batches(encoded, 1, PAD, "cpu", 0), off)
+    assert model.training
+    nll = -logprobs(model.eval(), encoded["prompt"], completion).sum(dim=1)
+    assert found == pytest.approx(nll.mean().item(), abs=1e-4)
+
+# -----------------------------------------------------------------------------
+# the stage
+
+NAMES = ["owl", "cat", "dog", "cow", "ant", "bee", "fox", "hen", "pig", "rat", "bat", "cod", "eel",
+         "elk", "emu", "ape"]
+
+
+def texts_about(names):
+    return [{"prompt": f"About {name}:", "completion": f" The {name} is." + " Oh!" * (i % 4)}
+            for i, name in enumerate(names)]
+
+
+VAL = texts_about(NAMES[1:5])       # known names, unseen texts
+
+
+def run_of(folder, init, **changes):
+    """One step on 16 records, all of them in one batch. Returns (metrics, model)."""
+    data = {"data": records(folder / "texts.jsonl", texts_about(NAMES)),
+            "val_data": records(folder / "val.jsonl", VAL)}
+    sizes = {name: TINY_SFT[name] for name in ("n_layer", "n_inner", "n_head", "n_embd")}
+    sizes |= data | dict(batch_size=16, grad_accum=1, max_steps=1, lr=1e-2, eval_interval=100)
+    sft.train(tiny(sft, folder, init, **sizes | changes))
+    return read_jsonl(folder / "metrics.jsonl"), load_model(folder / "ckpt.pt")
+
+
+def nlls_of(model, rows):
+    """(nll of each completion, its length in tokens): a second computation."""
+    tok = tokenizer_of(model)
+    encoded = encode_records(rows, tok, ["prompt", "completion"], model.config.block_size)
+    completion = encoded["completion"].long()
+    with torch.no_grad():
+        nll = -logprobs(model, encoded["prompt"].long(), completion).sum(dim=1)
+    return nll, (completion != tok.pad_token_id).sum(dim=1)
+
+
+def test_it_learns_and_says_how_well(tmp_path, sft_ckpt):
+    """val_nll falls, and the saved model has the last one on the records of --val_data."""
+    rows, model = run_of(tmp_path, "", batch_size=8, max_steps=30, eval_interval=10)
+    val_nll = [row["val_nll"] for row in rows if "val_nll" in row]
+    assert len(val_nll) == 3 and val_nll[-1] < 0.7 * val_nll[0]
+    assert val_nll[-1] == pytest.approx(nlls_of(model, VAL)[0].mean().item(), 1e-3)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(model.config.vocab_size), abs=0.1)
+    assert losses[-1] < 0.3 * losses[0]
+    assert "About cat:" in (tmp_path / "samples.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_what_is_logged_is_of_all_batches_of_a_step(tmp_path, sft_ckpt, grad_accum):
+    """Two batches of 8 are one of 16: the mean over tokens, and over records."""
+    rows, model = run_of(tmp_path, sft_ckpt, batch_size=16 // grad_accum, grad_accum=grad_accum)
+    nll, length = nlls_of(load_model(sft_ckpt), texts_about(NAMES))
+    assert rows[0]["loss"] == pytest.approx((nll.sum() / length.sum()).item(), abs=1e-4)
+    assert rows[0]["nll"] == pytest.approx(nll.mean().item(), abs=1e-4)
+    assert rows[0]["lr"] == 1e-2
+    _, whole = run_of(tmp_path / "whole", sft_ckpt)
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        close(p, q, atol=2e-3, rtol=0)      # the first step of AdamW is as large as lr = 1e-2
+
+
+def test_a_warm_up_and_a_decay(tmp_path, sft_ckpt):
+    rows, _ = run_of(tmp_path, sft_ckpt, max_steps=4, warmup_steps=2, eval_interval=2)
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert rates == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3])
+    assert [row["step"] for row in rows if "val_nll" in row] == [2, 4]
+    rows, _ = run_of(tmp_path / "rare", sft_ckpt, max_steps=5, log_interval=3)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 4, 5]
+
+
+def test_options_of_the_optimizer(tmp_path, sft_ckpt):
+    """What each of them does to the weights after one step from the same start."""
+    start = load_model(sft_ckpt).state_dict()
+
+    def weights(name, **changes):
+        return run_of(tmp_path / name, sft_ckpt, **changes)[1].state_dict()
+
+    plain, decayed = weights("plain"), weights("decayed", weight_decay=0.1)
+    clipped, frozen = weights("clipped", grad_clip=1e-10), weights("frozen", lr=0.0)
+    last = weights("last", trainable="last:1")
+    other_seed = weights("other_seed", seed=1)
+    for name, w in start.items():
+        assert torch.equal(frozen[name], w) and not torch.equal(plain[name], w)
+        decay = 1e-2 * 0.1 * w if w.dim() == 2 else 0       # lr times weight_decay times W
+        close(decayed[name], plain[name] - decay, atol=1e-6)
+        close(other_seed[name], plain[name], atol=1e-3)     # one batch, in another order
+        in_last_block = name.startswith(("h.0.", "ln_f."))
+        assert torch.equal(last[name], plain[name] if in_last_block else w) or in_last_block
+        assert torch.equal(last[name], w) != in_last_block
+    # AdamW's step has the size of lr, unless the gradient is far below its eps of 1e-8.
+    assert (plain["wte.weight"] - start["wte.weight"]).abs().max() > 0.9e-2
+    assert (clipped["wte.weight"] - start["wte.weight"]).abs().max() < 0.1e-2
+
+
+def test_options_of_a_new_model(tmp_path):
+    sizes = dict(n_layer=2, n_head=1, n_embd=16, n_inner=24, block_size=32, dropout=0.5)
+    rows, model = run_of(tmp_path, "", lr=0.0, **sizes)
+    for name, value in sizes.items():
+        assert getattr(model.config, name) == value
+    assert model.config.arch == "gpt" and run_of(tmp_path / "t5", "", arch="t5")[1].encoder
+    # Dropout acts in training, and not where the model is measured.
+    save_model(tmp_path / "calm.pt", model, tokenizer_of(model))
+    config = torch.load(tmp_path / "calm.pt", weights_only=True)
+    config["config"]["dropout"] = 0.0
+    torch.save(config, tmp_path / "calm.pt")
+    calm, _ = run_of(tmp_path / "calm", str(tmp_path / "calm.pt"), lr=0.0)
+    assert rows[0]["loss"] != pytest.approx(calm[0]["loss"], abs=1e-6)
+    assert rows[1]["val_nll"] == pytest.approx(calm[1]["val_nll"], abs=1e-4)
+    assert rows[1]["length"] == calm[1]["length"]
+
+
+def test_the_pun_world_is_the_default_corpus(capsys):
+    """Validation records are new draws."""
+    train, val = sft.load_corpus(sft.Config(corpus_size=300, **CPU))
+    assert len(train) == 300 and len(val) == 2000 and train != val[:300]
+    other, _ = sft.load_corpus(sft.Config(corpus_size=300, seed=1, **CPU))
+    assert other != train
