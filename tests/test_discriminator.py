@@ -228,7 +228,7 @@ def test_val_data_is_what_is_held_out(tmp_path, sft_ckpt):
 def test_options_of_the_optimizer(tmp_path, sft_ckpt):
     """What each of them does to the weights after one step from the same start."""
     def weights(**changes):
-        sizes = dict(max_steps=1, lr=1e-2, weight_decay=0.0, batch_size=32) | changes
+        sizes = dict(max_steps=1, lr=1e-2, weight_decay=0.0, batch_size=32, lstm=True) | changes
         return dict(run_of(tmp_path, sft_ckpt, **sizes)[1].named_parameters())
 
     start, plain, decayed = weights(lr=0.0), weights(), weights(weight_decay=0.1)

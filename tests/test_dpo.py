@@ -201,7 +201,7 @@ def test_kto_trains_with_its_kl(tmp_path, sft_ckpt, monkeypatch):
 
     monkeypatch.setitem(LOSSES, "kto", note)
     run_of(tmp_path, sft_ckpt, loss="kto", max_steps=3, eval_interval=3)
-    assert seen[0] == pytest.approx(0, abs=1e-4) and seen[-1] > 1e-3
+    assert seen[0] == pytest.approx(0, abs=1e-4) and min(seen[1:3]) > 1e-3
 
 
 def test_pairs_of_the_pun_world_and_flipped_labels():
