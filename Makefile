@@ -64,7 +64,6 @@ endif
 
 .PHONY: all gans compare notebooks test ruff clean
 all: $R/report.json
-	@echo 'Now let them write:  $(PY) sample.py "a banker"'
 
 $R/sft/ckpt.pt: | .venv/ready
 	$(PY) sft.py --arch $(ARCH) --seed $(SEED) --out_dir $R/sft $(SFT)
@@ -83,6 +82,7 @@ $R/gan/ckpt.pt: $R/sft/ckpt.pt $R/discriminator/ckpt.pt
 $R/report.json: $R/ppo/ckpt.pt $R/dpo/ckpt.pt $R/gan/ckpt.pt
 	$(PY) evaluate.py --out_dir $R --reference $R/sft/ckpt.pt \
 	    --reward $R/reward_model/ckpt.pt $(EVAL)
+	@echo 'Now let them write:  $(PY) sample.py "a banker" --runs $R'
 
 # the other two gradients of the GAN, for comparison
 $R/gan_%/ckpt.pt: $R/sft/ckpt.pt $R/discriminator/ckpt.pt

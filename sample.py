@@ -24,21 +24,20 @@ from puns import world
 @dataclass(slots=True)
 class Config(Options):
     prompt: tyro.conf.Positional[str] = ""  # a thing of the pun world, or any text; '' asks for it
-    policies: tuple[str, ...] = ()          # checkpoints; none is every policy in runs/
-    reference: str = "runs/sft/ckpt.pt"             # what kl is measured to, if it exists
-    reward: str = "runs/reward_model/ckpt.pt"       # what score is of, if it exists
+    policies: tuple[str, ...] = ()          # checkpoints; none is every policy in --runs
+    runs: str = "runs"          # kl is measured to its sft, and score is of its reward_model
     n: int = 3                  # samples of each policy
     temperature: float = 1.0    # 0 takes the most likely token
     top_k: int = 0              # sample among that many most likely tokens; 0 is all
     top_p: float = 1.0          # sample among the most likely tokens that have this mass
 
 
-def find_policies():
-    """The checkpoints of all language models in runs/, the SFT model first."""
-    paths = sorted(Path("runs").glob("*/ckpt.pt"))
+def find_policies(folder):
+    """The checkpoints of all language models in a folder of runs, the SFT model first."""
+    paths = sorted(Path(folder).glob("*/ckpt.pt"))
     paths = [path for path in paths if read_checkpoint(path)["kind"] == LANGUAGE_MODEL]
     if not paths:
-        raise InputError("there is no policy in runs/; train one with: make, or python sft.py")
+        raise InputError(f"there is no policy in {folder}/; train one with: make, or python sft.py")
     return sorted(paths, key=lambda path: path.parent.name != "sft")
 
 
@@ -68,13 +67,15 @@ def main(config):
     """Samples for one prompt, or for all that the user types. Raises InputError."""
     device, autocast = setup(config)
     policies = {}                                                       # path: model
-    for path in config.policies or find_policies():
+    for path in config.policies or find_policies(config.runs):
         policies[str(path)] = load_model(path, device)
     reference = reward_model = None                                     # both are optional
-    if Path(config.reference).exists():
-        reference = load_model(config.reference, device)
-    if reference is not None and Path(config.reward).exists():
-        reward_model = load_reward_model(config.reward, device)
+    reference_path = Path(config.runs, "sft", "ckpt.pt")
+    reward_path = Path(config.runs, "reward_model", "ckpt.pt")
+    if reference_path.exists():
+        reference = load_model(reference_path, device)
+    if reference is not None and reward_path.exists():
+        reward_model = load_reward_model(reward_path, device)
     if config.prompt:
         write(policies, reference, reward_model, config.prompt, config, device, autocast)
         return

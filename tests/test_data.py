@@ -163,6 +163,7 @@ def test_prompts_are_padded_left_and_responses_right_after_their_end(tok):
         assert found == completion + [pad] * (len(found) - len(completion))
     assert all((tokens != pad).any(dim=0).all() for tokens in encoded.values())     # no wider
     assert data.trim(ids([PAD, PAD]), PAD, "left").tolist() == [[PAD]]              # never empty
+    assert data.trim(ids([0, 0, PAD]), PAD, "right").tolist() == [[0, 0]]           # 0 is no pad
 
 
 def test_a_record_without_room_is_named(tok):
@@ -185,17 +186,16 @@ def test_a_record_without_room_is_named(tok):
 # batches
 
 def batches_of(n=23, batch_size=4, seed=3):
-    """Records that consist of their own number, 1 to 6 times."""
-    response = torch.arange(n)[:, None].repeat(1, 6)
+    """Records that consist of their own number, 1 to 6 times in prompt and completion each."""
     n_tokens = 1 + torch.randint(6, (n, 1), generator=torch.Generator().manual_seed(0))
-    response[torch.arange(6) >= n_tokens] = 9999
-    encoded = {"prompt": torch.arange(n)[:, None].repeat(1, 2), "completion": response,
+    completion = torch.where(torch.arange(6) < n_tokens, torch.arange(n)[:, None], 9999)
+    encoded = {"prompt": completion.flip(1), "completion": completion,
                "margin": torch.arange(n) / 10}
     return Batches(encoded, batch_size, 9999, torch.device("cpu"), seed)
 
 
 def numbers(batch):
-    return batch["prompt"][:, 0].tolist()
+    return batch["prompt"][:, -1].tolist()
 
 
 def test_each_record_comes_at_most_once_an_epoch():
@@ -215,9 +215,9 @@ def test_each_record_comes_at_most_once_an_epoch():
 def test_fields_travel_together_and_columns_of_pads_are_dropped():
     batches = batches_of()
     for batch in [*(batches.next() for _ in range(10)), *batches.in_order(10)]:
-        assert torch.equal(batch["completion"][:, 0], batch["prompt"][:, 0])
-        close(batch["margin"], batch["prompt"][:, 0] / 10)
-        assert (batch["completion"] != 9999).any(dim=0).all()
+        assert batch["completion"][:, 0].tolist() == numbers(batch)
+        close(batch["margin"], batch["completion"][:, 0] / 10)
+        assert all((batch[field] != 9999).any(dim=0).all() for field in ("prompt", "completion"))
     assert sum(map(numbers, batches.in_order(10)), []) == [*range(23)]
 
 
@@ -273,13 +273,12 @@ def test_each_prompt_gets_a_completion_in_eval_mode(tiny_model, tok, training):
 
 
 def test_a_response_gets_the_room_that_the_prompts_leave(tiny_model, tok):
-    prompt = " no" * 40
-    while len(tok.encode(prompt)) > 45:
-        prompt = prompt[:-1]
-    (_, response), = data.respond(tiny_model, tok, [prompt, "Hi"], None, off)
-    assert 1 <= response.size(1) <= 48 - len(tok.encode(prompt))
-    with pytest.raises(InputError, match="the prompt ' no no.* block holds 48"):
-        [*data.respond(tiny_model, tok, [prompt * 2], None, off)]
+    sizes, n = dataclasses.asdict(tiny_model.config), len(tok.encode(PROMPTS[2]))
+    model = toy(**sizes | {"block_size": n + 2})
+    (_, response), = data.respond(model, tok, PROMPTS, None, off)
+    assert response.size(1) == 2
+    with pytest.raises(InputError, match="the prompt 'Why not, .* block holds"):
+        [*data.respond(toy(**sizes | {"block_size": n}), tok, PROMPTS, None, off)]
 
 
 def test_measure_by_hand(tiny_model, tok):

@@ -42,13 +42,14 @@ def test_every_policy_writes(runs, capsys, sft_ckpt, tok):
     add_reward_model(sft_ckpt, tok)
     out = output_of(capsys, prompt="a banker", n=2)
     assert out.count("score ") == 4 and "reward_model" not in out       # it is no policy
-    alone = output_of(capsys, prompt="a banker", policies=("runs/ppo/ckpt.pt",), reference="none")
+    alone = output_of(capsys, prompt="a banker", policies=("runs/ppo/ckpt.pt",), runs="none")
     assert "runs/sft" not in alone and "kl" not in alone and alone.count("About a banker:") == 3
 
 
 def test_options_of_the_sampling(runs, capsys):
     for options in (dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6)):
-        out = output_of(capsys, prompt="a banker", n=3, reference="none", **options)
+        out = output_of(capsys, prompt="a banker", n=3, policies=("runs/ppo/ckpt.pt",),
+                        runs="none", **options)
         assert len({line for line in out.splitlines() if "About" in line}) == 1
     seeds = [output_of(capsys, prompt="a banker", seed=seed) for seed in (1, 1, 2)]
     assert seeds[0] == seeds[1] != seeds[2]
