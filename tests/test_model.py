@@ -256,7 +256,9 @@ def test_generate_returns_the_logprobs_of_what_it_drew(model, how):
     eos = model.generate(PROMPT[:1], 1, temperature=0)[0].item()        # a frequent token
     model.config.eos_token_id = eos
     prompt = PROMPT.repeat(20, 1)
-    response, logp = model.generate(prompt, 8, rng=torch.Generator().manual_seed(0), **how)
+    (response, logp), (again, _) = (
+        model.generate(prompt, 8, rng=torch.Generator().manual_seed(0), **how) for _ in range(2))
+    assert torch.equal(response, again)
     close(logp, logprobs(model, prompt, response, **how).detach())
     # The end token counts; pads follow it, and nothing else is a pad.
     is_eos = response == eos
