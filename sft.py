@@ -14,8 +14,8 @@ into one row.
 
     python sft.py                                   the pun world, from random weights
     python sft.py --data mine.jsonl                 your own {"prompt": ..., "completion": ...}
-    python sft.py --init runs/sft/ckpt.pt --data mine.jsonl --lr 3e-4 --max_steps 200 \\
-        --out_dir runs/mine                         fine-tunes a checkpoint on them
+    python sft.py --init runs/sft/ckpt.pt --data mine.jsonl --lr 3e-4 --max_steps 40 \\
+        --warmup_steps 5 --out_dir runs/mine        fine-tunes a checkpoint on them
 """
 
 from dataclasses import dataclass
