@@ -53,6 +53,14 @@ def test_a_device_or_dtype_that_is_not_there(monkeypatch, options, message):
         common.setup(Options(**options))
 
 
+@pytest.mark.parametrize("has_cuda, has_mps, expected", [
+    (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_fastest_device_is_the_default(monkeypatch, has_cuda, has_mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    assert common.pick_device().type == expected and common.pick_device("cpu").type == "cpu"
+
+
 @pytest.mark.parametrize("dtype, has_bf16, expected", [
     ("float32", True, torch.float32), ("bfloat16", False, torch.bfloat16),
     ("", True, torch.bfloat16), ("", False, torch.float32)])

@@ -28,15 +28,19 @@ STAGES = {stage.__name__: stage for stage in (sft, reward_model, discriminator, 
 
 
 def train_and_note(config, patch):
-    """Runs a stage. Returns the records of each batch, and the parameters at the end."""
-    batches, weights = [], {}
-    next_batch, finish = Batches.next, common.Run.finish
+    """Runs a stage. Returns its records, batch by batch, its parameters, and its own losses."""
+    batches, weights, losses = [], {}, []
+    next_batch, log, finish = Batches.next, common.Run.log, common.Run.finish
 
     def next_and_note(self):
         batch = next_batch(self)
         batches.append([[i for i in row if i != self.pad_token_id]
                         for row in batch.get("completion", batch["prompt"]).tolist()])
         return batch
+
+    def log_and_note(self, **metrics):
+        losses.append(metrics.get("loss"))
+        log(self, **metrics)
 
     def finish_and_note(self):
         for part, value in self.parts.items():
@@ -45,10 +49,11 @@ def train_and_note(config, patch):
         finish(self)
 
     patch.setattr(Batches, "next", next_and_note)
+    patch.setattr(common.Run, "log", log_and_note)
     patch.setattr(common.Run, "finish", finish_and_note)
     patch.setattr(common, "plot_curves", no_curves)
     sys.modules[type(config).__module__].train(config)
-    return batches, weights
+    return batches, weights, losses
 
 
 def configs(root, name="sft", **changes):
@@ -87,19 +92,23 @@ def metrics(folder, name):
 
 
 def test_two_processes_share_the_work_of_one(runs):
-    """At each step they read, together, the records of the joint batch, none of them twice."""
+    """At each step they read, together, the records of the joint batch, none of them twice.
+
+    The loss falls as in one process; what is logged is the mean of both."""
     together, notes, root, _ = runs
     parts = [note["sft"][0] for note in notes]
     for joint, a, b in zip(together[0], *parts, strict=True):
         assert len(a) == len(b) == 8 and sorted(a + b) == sorted(joint)
     one, two = (metrics(root / name, "loss") for name in ("one", "sft"))
     assert len(one) == 12 and two == pytest.approx(one, rel=0.02) and two[-1] < 0.9 * two[0]
+    a, b = (note["sft"][2] for note in notes)
+    assert two == pytest.approx([(a[i] + b[i]) / 2 for i in range(12)], abs=1e-5) and a != b
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_both_end_with_the_same_weights(runs, name):
     _, notes, _, _ = runs
-    (seen, weights), (other_seen, other_weights) = notes[0][name], notes[1][name]
+    (seen, weights, _), (other_seen, other_weights, _) = notes[0][name], notes[1][name]
     assert weights and weights.keys() == other_weights.keys()
     assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
     assert len(seen) == len(other_seen) and seen != other_seen
