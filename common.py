@@ -142,7 +142,7 @@ def pick_device(name=""):
 
 @functools.cache
 def supports_bf16(device):
-    """True if the hardware multiplies in bfloat16. Others emulate it, up to 60 times slower."""
+    """True if the hardware multiplies in bfloat16. Others emulate it, far slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return (device.type == "cpu" and torch.backends.mkldnn.is_available()

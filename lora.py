@@ -38,14 +38,14 @@ class LoRALinear(nn.Linear):
 
     W and b are the trunk's; A (inputs, r) and B (r, outputs) are those of the active adapter."""
 
-    def __init__(self, linear, active=None):
+    def __init__(self, linear):
         # Skips nn.Linear's own constructor, which would draw new weights.
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_a, self.lora_b = nn.ParameterDict(), nn.ParameterDict()     # of each adapter
         self.scale = {}             # alpha / r of each adapter
-        self.active = active        # the adapter that forward() uses, or None
+        self.active = None          # the adapter that forward() uses, or None
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -85,12 +85,11 @@ def add_adapter(model, name, rank=8, alpha=16.0):
     trunk, _ = trunk_of(model)
     if any(name in layer.lora_a for layer in lora_layers(trunk)):
         raise InputError(f"there is an adapter '{name}' already")
-    active = active_adapter(trunk)
     for path, layer in list(trunk.named_modules()):
         if not isinstance(layer, nn.Linear) or path == "lm_head":
             continue
         if not isinstance(layer, LoRALinear):
-            layer = LoRALinear(layer, active)
+            layer = LoRALinear(layer)
             trunk.set_submodule(path, layer)
         a = layer.weight.new_empty(layer.in_features, rank)
         b = layer.weight.new_zeros(rank, layer.out_features)
