@@ -28,9 +28,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from common import InputError, atomic_write
-from model import GPTBlock, LanguageModel, PaLMBlock, RewardModel, T5Block, load_model, save_model
+from model import (
+    GPTBlock,
+    LanguageModel,
+    LlamaBlock,
+    PaLMBlock,
+    RewardModel,
+    T5Block,
+    load_model,
+    save_model,
+)
 
-BLOCKS = (GPTBlock, PaLMBlock, T5Block)
+BLOCKS = (GPTBlock, PaLMBlock, LlamaBlock, T5Block)
 
 
 class LoRALinear(nn.Linear):

@@ -1,5 +1,5 @@
 """
-The networks: GPT-2, PaLM, and T5 from scratch, with sampling, log-probs, loading, and saving.
+The networks, from scratch: GPT-2, PaLM, Llama, and T5; sampling, log-probs, loading, and saving.
 
 One interface hides the architecture, so no stage ever asks which one it has:
 
@@ -10,7 +10,7 @@ One interface hides the architecture, so no stage ever asks which one it has:
     reward_model(prompt, response)           -> scores (B,)
 
 Shapes: B batch, P prompt tokens, R response tokens, T new tokens, S all tokens so far,
-C = n_embd, nh heads, hs head size, V vocab_size.
+C = n_embd, nh heads, G of them with keys of their own, hs head size, V vocab_size.
 
 Prompts are padded on the left, responses on the right, after their end token. pad_token_id is V,
 one past the last token: no model can ever emit it, and it is never the end token.
@@ -30,7 +30,7 @@ from common import InputError, atomic_write
 
 @dataclass(slots=True)
 class ModelConfig:
-    arch: str = "gpt"           # gpt, palm or t5
+    arch: str = "gpt"           # gpt, palm, llama or t5
     vocab_size: int = 4096      # V; the pad id is V, too
     eos_token_id: int = 4095    # a response ends with this token
     block_size: int = 64        # longest prompt + response (T5: longest of either)
@@ -40,6 +40,12 @@ class ModelConfig:
     head_size: int = 0          # 0: n_embd / n_head
     n_inner: int = 0            # width of the feed-forward layers; 0: 4 n_embd
     dropout: float = 0.0        # while training, after embeddings and sublayers
+    # Llama alone
+    n_kv_head: int = 0          # key and value heads, each for a group of query heads; 0: n_head
+    rope_theta: float = 10000.0     # base of the rotary frequencies
+    norm_eps: float = 1e-5      # added to the mean square before its root is taken
+    qkv_bias: bool = False      # True is Qwen2
+    tied: bool = True           # the head is the embedding
     # T5 alone
     decoder_start_token_id: int = 4095      # the decoder's first input
     gated: bool = True          # v1.1: gated GELU, untied head; False is v1.0: ReLU, tied head
@@ -53,8 +59,12 @@ class ModelConfig:
             raise InputError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}")
         self.head_size = self.head_size or self.n_embd // self.n_head
         self.n_inner = self.n_inner or 4 * self.n_embd
-        if self.arch == "palm" and self.head_size % 2:
-            raise InputError(f"PaLM's rotary positions rotate pairs: n_embd / n_head = "
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise InputError(f"{self.n_head} query heads cannot share {self.n_kv_head} key heads "
+                             "equally")
+        if self.arch in ("palm", "llama") and self.head_size % 2:
+            raise InputError(f"rotary positions rotate pairs: n_embd / n_head = "
                              f"{self.head_size} must be even")
 
 # -----------------------------------------------------------------------------
@@ -93,15 +103,21 @@ class LanguageModel(nn.Module):
 def attend(q, k, v, bias, scale):
     """softmax(scale q k^T + bias) v, Eq. 1 of https://arxiv.org/abs/1706.03762. -> (B, nh, T, hs)
 
-    q (B, nh, T, hs); k, v (B, nh, S, hs), or (B, 1, S, hs) if all heads share them; bias
-    broadcasts to (B, nh, T, S) and is -inf where a query must not look."""
+    q (B, nh, T, hs); k, v (B, G, S, hs), each for the nh / G heads of a group; bias broadcasts
+    to (B, nh, T, S) and is -inf where a query must not look."""
+    B, n_head, T, head_size = q.shape
+    n_groups, S = k.size(1), k.size(2)
+    # The heads of a group below each other: one product with the keys that they share.
+    q = q.reshape(B, n_groups, -1, head_size)               # (B, G, nh/G T, hs)
     if q.device.type != "cpu":
-        k = k.expand(-1, q.size(1), -1, -1)                     # (B, nh, S, hs), without a copy
-        v = v.expand(-1, q.size(1), -1, -1)                     # (B, nh, S, hs)
-        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale)
-    # On a CPU, for short texts, the formula itself is faster than the fused kernel.
-    att = (q @ k.transpose(-2, -1)) * scale + bias          # (B, nh, T, S)
-    return att.softmax(dim=-1).to(v.dtype) @ v              # (B, nh, T, hs)
+        bias = bias.to(q.dtype).repeat(1, 1, n_head // n_groups, 1)     # .. (.., nh/G T, S)
+        y = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+    else:
+        # On a CPU, for short texts, the formula itself is faster than the fused kernel.
+        att = (q @ k.transpose(-2, -1)) * scale             # (B, G, nh/G T, S)
+        att = att.view(B, n_head, T, S) + bias
+        y = att.softmax(dim=-1).to(v.dtype).view(B, n_groups, -1, S) @ v
+    return y.reshape(B, n_head, T, head_size)
 
 
 def split_heads(x, n_head):
@@ -264,11 +280,11 @@ def init_weights(model, config):
 # PaLM: https://arxiv.org/abs/2204.02311. Its weights start like GPT-2's here. (In the paper the
 # embedding starts at N(0, 1), and the logits are divided by sqrt(C).)
 
-def rotary_angles(positions, head_size):
-    """position * 10000^(-2i/hs), Eq. 15 of https://arxiv.org/abs/2104.09864.
+def rotary_angles(positions, head_size, theta=10000.0):
+    """position * theta^(-2i/hs), Eq. 15 of https://arxiv.org/abs/2104.09864.
 
     positions (B, T) -> (B, 1, T, hs/2)"""
-    frequencies = 10000 ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)
+    frequencies = theta ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)
     return (positions[:, :, None] * frequencies)[:, None]               # one axis for the heads
 
 
@@ -333,6 +349,91 @@ class PaLM(DecoderOnly):
         for layer, block in enumerate(self.h):
             x = block(x, bias, angles, cache, layer)                    # (B, T, C)
         return self.ln_f(x)                                             # (B, T, C)
+
+# -----------------------------------------------------------------------------
+# Llama: https://arxiv.org/abs/2302.13971, and what followed it, with grouped-query attention
+# (https://arxiv.org/abs/2305.13245). SmolLM2 is one; so is Qwen2, with biases on q, k, and v.
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention: as many query heads share a key head and a value head as there are
+    in a group, so the cache is that much smaller. Rotary positions, as PaLM's."""
+
+    def __init__(self, config):
+        super().__init__()
+        inner, kv_inner = config.n_head * config.head_size, config.n_kv_head * config.head_size
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.scale = config.head_size ** -0.5
+        self.q = nn.Linear(config.n_embd, inner, bias=config.qkv_bias)
+        self.k = nn.Linear(config.n_embd, kv_inner, bias=config.qkv_bias)
+        self.v = nn.Linear(config.n_embd, kv_inner, bias=config.qkv_bias)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=False)
+
+    def forward(self, x, bias, angles, cache, layer):
+        q = rotate(split_heads(self.q(x), self.n_head), angles)         # (B, nh, T, hs)
+        k = rotate(split_heads(self.k(x), self.n_kv_head), angles)      # (B, G, T, hs)
+        v = split_heads(self.v(x), self.n_kv_head)                      # (B, G, T, hs)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)                # (B, G, S, hs)
+        y = attend(q, k, v, bias, self.scale)               # (B, nh, T, hs)
+        return self.c_proj(join_heads(y))                   # (B, T, C)
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU, as PaLM's."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_inner, bias=False)  # what the gate lets through
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.silu(self.gate(x)) * self.up(x))           # (B, T, C)
+
+
+class LlamaBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), as GPT-2's; the norms only rescale."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = LlamaAttention(config)
+        self.ln_2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = LlamaMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, bias, angles, cache=None, layer=0):
+        x = x + self.dropout(self.attn(self.ln_1(x), bias, angles, cache, layer))
+        return x + self.dropout(self.mlp(self.ln_2(x)))                 # each token by itself
+
+
+class Llama(DecoderOnly):
+    """Llama or Qwen2: RMSNorm, rotary positions, grouped queries, SwiGLU."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        init_weights(self, config)
+
+    def trunk(self, x, mask, cache=None):
+        """As PaLM.trunk()."""
+        T = x.size(1)
+        bias = causal_bias(mask, T)                         # (B, 1, T, S)
+        angles = rotary_angles(token_positions(mask, T), self.config.head_size,
+                               self.config.rope_theta)      # (B, 1, T, hs/2)
+        x = self.dropout(x)                                             # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, bias, angles, cache, layer)                    # (B, T, C)
+        return self.ln_f(x)                                             # (B, T, C)
+
+    def head(self, x):
+        return super().head(x) if self.lm_head is None else self.lm_head(x)     # (.., V)
 
 # -----------------------------------------------------------------------------
 # T5: https://arxiv.org/abs/1910.10683; version 1.1 has the gated GELU of arXiv 2002.05202
@@ -527,7 +628,7 @@ def init_t5(model, config):
             nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
 
 
-ARCHITECTURES = {"gpt": GPT, "palm": PaLM, "t5": T5}
+ARCHITECTURES = {"gpt": GPT, "palm": PaLM, "llama": Llama, "t5": T5}
 
 
 def build_model(config):
@@ -544,15 +645,15 @@ class KVCache:
         self.capacity = capacity
         self.length = 0             # positions filled so far
         self.mask = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)     # (B, S)
-        self.keys, self.values = {}, {}                     # of each layer, (B, nh, capacity, hs)
+        self.keys, self.values = {}, {}                     # of each layer, (B, G, capacity, hs)
         self.encoded = None         # what the decoder of an encoder-decoder model attends to
 
     def extend(self, layer, k, v):
-        """Appends new keys and values (B, nh, T, hs); returns all so far, (B, nh, S, hs) each."""
+        """Appends new keys and values (B, G, T, hs); returns all so far, (B, G, S, hs) each."""
         if layer not in self.keys:
-            B, n_head, _, head_size = k.shape
-            self.keys[layer] = k.new_empty(B, n_head, self.capacity, head_size)
-            self.values[layer] = v.new_empty(B, n_head, self.capacity, head_size)
+            B, n_groups, _, head_size = k.shape
+            self.keys[layer] = k.new_empty(B, n_groups, self.capacity, head_size)
+            self.values[layer] = v.new_empty(B, n_groups, self.capacity, head_size)
         end = self.length + k.size(2)                           # positions filled after this call
         self.keys[layer][:, :, self.length:end] = k
         self.values[layer][:, :, self.length:end] = v

@@ -50,7 +50,7 @@ class Config(TrainOptions):
     init: str = ""              # checkpoint to start from; '' starts from random weights
     tokenizer: str = "puns"     # puns or gpt2; with --init that of the checkpoint
     # the architecture, if it starts from random weights
-    arch: str = "gpt"           # gpt, palm or t5
+    arch: str = "gpt"           # gpt, palm, llama or t5
     n_layer: int = 2            # blocks
     n_head: int = 4             # attention heads
     n_embd: int = 256           # width of the embeddings

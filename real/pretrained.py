@@ -2,12 +2,12 @@
 Pretrained weights in and out: a folder in the layout of the Hugging Face hub <-> a checkpoint.
 
     python -m real.pretrained gpt2 runs/gpt2                    writes runs/gpt2/ckpt.pt
-    python -m real.pretrained owner/name@revision runs/name     any other GPT-2 or T5 on the hub
+    python -m real.pretrained owner/name@revision runs/name     any other model on the hub
     python -m real.pretrained my/folder runs/mine               needs no network
     python -m real.pretrained export runs/ppo/ckpt.pt out       transformers, TRL, vLLM load out/
 
-The tokenizer.json of the model is copied beside its ckpt.pt. Every stage then starts from it with
---init runs/gpt2/ckpt.pt.
+It reads GPT-2, T5, Llama (SmolLM2, TinyLlama), and Qwen2. The tokenizer.json of the model is copied
+beside its ckpt.pt. Every stage then starts from it with --init runs/gpt2/ckpt.pt.
 
 huggingface_hub downloads and caches the files. It obeys HF_ENDPOINT (a mirror), HF_HOME (where
 the cache is), and HF_HUB_OFFLINE. Only safetensors are read: they hold numbers and no code.
@@ -17,7 +17,7 @@ import importlib
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 class Family:
     """What config.json and the weights of one architecture look like on the hub."""
     model_type: str             # in config.json
+    variant: dict               # what our ModelConfig says of this family alone
     class_name: str             # of transformers
     fields: dict                # a field of our ModelConfig: its name in config.json
     defaults: dict              # of fields that config.json may leave out
@@ -51,10 +52,12 @@ class Family:
     transposed: str = "$^"      # parameters that they store as (inputs, outputs): a pattern
 
 
-# To add an architecture, add an entry here. Variants that depend on each other: see t5_fixed().
+# To add an architecture, add an entry here. Variants that depend on each other: see t5_fixed() and
+# flat_rope().
 FAMILIES = {
     "gpt": Family(
         model_type="gpt2",
+        variant={"arch": "gpt"},
         class_name="GPT2LMHeadModel",
         fields={"vocab_size": "vocab_size", "eos_token_id": "eos_token_id",
                 "block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
@@ -66,8 +69,34 @@ FAMILIES = {
         names=[(r"^", "transformer.")],
         transposed=r"c_(attn|proj|fc)\.weight$",
     ),
+    "llama": Family(
+        model_type="llama",
+        variant={"arch": "llama", "qkv_bias": False},
+        class_name="LlamaForCausalLM",
+        fields={"vocab_size": "vocab_size", "eos_token_id": "eos_token_id",
+                "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
+                "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+                "n_embd": "hidden_size", "head_size": "head_dim", "n_inner": "intermediate_size",
+                "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+                "tied": "tie_word_embeddings"},
+        defaults={"eos_token_id": 2, "max_position_embeddings": 2048, "rope_theta": 10000.0,
+                  "rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+        fixed={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        names=[
+            (r"^wte", "model.embed_tokens"),
+            (r"^ln_f", "model.norm"),
+            (r"^h\.", "model.layers."),
+            (r"\.ln_1", ".input_layernorm"),
+            (r"\.attn\.(q|k|v)\.", r".self_attn.\1_proj."),
+            (r"\.attn\.c_proj", ".self_attn.o_proj"),
+            (r"\.ln_2", ".post_attention_layernorm"),
+            (r"\.mlp\.(gate|up)\.", r".mlp.\1_proj."),
+            (r"\.mlp\.c_proj", ".mlp.down_proj"),
+        ],
+    ),
     "t5": Family(
         model_type="t5",
+        variant={"arch": "t5"},
         class_name="T5ForConditionalGeneration",
         fields={"vocab_size": "vocab_size", "eos_token_id": "eos_token_id",
                 "decoder_start_token_id": "decoder_start_token_id", "block_size": "n_positions",
@@ -93,6 +122,14 @@ FAMILIES = {
         ],
     ),
 }
+# Qwen2 is Llama with biases on queries, keys, and values.
+FAMILIES["qwen2"] = replace(
+    FAMILIES["llama"], model_type="qwen2", class_name="Qwen2ForCausalLM",
+    variant={"arch": "llama", "qkv_bias": True},
+    defaults={"max_position_embeddings": 32768, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+              "tie_word_embeddings": False},
+    fixed={"hidden_act": "silu", "use_sliding_window": False})
+FRACTIONS = ("rope_theta", "rms_norm_eps")      # all other numbers of config.json are whole ones
 # The parameters with one row for each token.
 TOKEN_ROWS = ("wte.weight", "lm_head.weight")
 
@@ -104,6 +141,27 @@ def t5_fixed(theirs, gated):
     return {"feed_forward_proj": "gated-gelu" if gated else "relu",
             "num_decoder_layers": theirs["num_layers"],
             "scale_decoder_outputs": not gated}
+
+
+def flat_rope(path, theirs):
+    """A Llama's config.json with rope_theta on its first level, where transformers 5 has a dict.
+
+    Raises InputError if rotary positions are stretched, or rotate a part of each head."""
+    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise InputError(f"{path}: rope scaling ({kind}) is not supported")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"{path}: partial_rotary_factor is not supported")
+    return {"rope_theta": rope["rope_theta"]} | theirs if "rope_theta" in rope else theirs
+
+
+def family_of(config):
+    """The Family of a model with this ModelConfig; None if it has none."""
+    for family in FAMILIES.values():
+        if all(getattr(config, field) == value for field, value in family.variant.items()):
+            return family
+    return None
 
 
 def their_name(family, ours):
@@ -196,19 +254,24 @@ def model_config(name):
     Raises InputError if its architecture, or a variant of it, is none of ours."""
     path = fetch(name, "config.json")
     theirs = read_json(path)
-    known = {family.model_type: arch for arch, family in FAMILIES.items()}
-    arch = known.get(theirs.get("model_type"))
-    if arch is None:
+    known = {family.model_type: family for family in FAMILIES.values()}
+    family = known.get(theirs.get("model_type"))
+    if family is None:
         raise InputError(f"{path}: model_type is '{theirs.get('model_type')}'; only "
-                         f"{' and '.join(known)} can be loaded")
-    family = FAMILIES[arch]
+                         f"{', '.join(known)} can be loaded")
+    arch = family.variant["arch"]
+    if arch == "llama":
+        theirs = flat_rope(path, theirs)
     theirs = family.defaults | {key: value for key, value in theirs.items() if value is not None}
-    ours = {}
+    ours = dict(family.variant)
     for field, key in family.fields.items():
         if key in theirs:
-            if not isinstance(theirs[key], int):
+            kinds = (int, float) if key in FRACTIONS else int
+            if not isinstance(theirs[key], kinds):
                 raise InputError(f"{path}: {key} is {theirs[key]}; one whole number is supported")
             ours[field] = theirs[key]
+    if "eos_token_id" not in ours:
+        raise InputError(f"{path}: eos_token_id is missing: it says which token ends a text")
     fixed = family.fixed
     if arch == "t5":
         ours["gated"] = theirs.get("feed_forward_proj") == "gated-gelu"
@@ -220,7 +283,7 @@ def model_config(name):
     pad = theirs.get("pad_token_id")
     if pad == ours["vocab_size"] - 1 and pad != ours["eos_token_id"]:
         ours["vocab_size"] -= 1
-    return ModelConfig(arch=arch, **ours)
+    return ModelConfig(**ours)
 
 
 def find_weight(weights, family, config, ours):
@@ -243,7 +306,7 @@ def load_pretrained(name):
 
     Raises InputError if a file is missing or damaged, or is not of an architecture of ours."""
     config = model_config(name)
-    family = FAMILIES[config.arch]
+    family = family_of(config)
     model = build_model(config)
     weights = read_weights(name)
     for ours, parameter in model.state_dict().items():
@@ -317,7 +380,7 @@ def published_tokenizer(tok):
 
 def published_config(config, ids, pad_token_id):
     """config.json. ids: the special tokens."""
-    family = FAMILIES[config.arch]
+    family = family_of(config)
     theirs = {"architectures": [family.class_name], "model_type": family.model_type,
               "dtype": "float32"}
     theirs |= {key: getattr(config, field) for field, key in family.fields.items()}
@@ -337,11 +400,11 @@ def export(ckpt: tyro.conf.Positional[str], out_dir: tyro.conf.Positional[str]):
     since exp is convex. generate() is told never to write it."""
     model = load_model(ckpt)
     config = model.config
-    if config.arch not in FAMILIES or (config.arch == "gpt"
-                                       and config.n_head * config.head_size != config.n_embd):
+    family = family_of(config)
+    wide_heads = config.arch == "gpt" and config.n_head * config.head_size != config.n_embd
+    if family is None or wide_heads:
         raise InputError(f"{ckpt}: transformers has no class for this {config.arch} model; "
-                         f"{' and '.join(FAMILIES)} can be exported")
-    family = FAMILIES[config.arch]
+                         f"{', '.join(FAMILIES)} can be exported")
     tok, pad_token_id = published_tokenizer(tokenizer_of(model))
     adds_pad = pad_token_id == config.vocab_size
     weights = {}

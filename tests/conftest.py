@@ -25,6 +25,8 @@ PROMPT = torch.tensor([[PAD, PAD, 7, 8, 9], [2, 3, 4, 5, 6], [PAD, PAD, PAD, PAD
 RESPONSE = torch.tensor([[10, 1, EOS, PAD], [2, 3, 4, EOS], [5, EOS, PAD, PAD]])
 
 VARIANTS = {"gpt": dict(arch="gpt"), "palm": dict(arch="palm"),
+            "llama": dict(arch="llama", n_kv_head=2, rope_theta=500.0, norm_eps=1e-4),
+            "qwen2": dict(arch="llama", n_kv_head=2, qkv_bias=True, tied=False),
             "t5-v1.0": dict(arch="t5", gated=False), "t5-v1.1": dict(arch="t5", gated=True)}
 
 # Options of sft.Config. The model knows a little of what a sentence is afterwards.

@@ -13,15 +13,17 @@ from conftest import EOS, PAD, PROMPT, RESPONSE, ROOT, VARIANTS, awake, close, i
 import model as net
 from common import InputError
 from model import ModelConfig, RewardModel, logprobs
-from real.pretrained import FAMILIES, change_layout, published_config, their_name
+from real.pretrained import change_layout, family_of, published_config, their_name
 
 MASK = RESPONSE != PAD
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(arch="rnn"), "--arch is gpt or palm or t5, not 'rnn'"),
+    (dict(arch="rnn"), "--arch is gpt or palm or llama or t5, not 'rnn'"),
     (dict(n_embd=30, n_head=4), "--n_embd 30 is not a multiple of --n_head 4"),
-    (dict(arch="palm", n_embd=12, n_head=4), "must be even")])
+    (dict(n_kv_head=3), "4 query heads cannot share 3 key heads equally"),
+    (dict(arch="palm", n_embd=12, n_head=4), "must be even"),
+    (dict(arch="llama", n_embd=12, n_head=4), "must be even")])
 def test_sizes_that_cannot_work_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         ModelConfig(**options)
@@ -74,7 +76,7 @@ def test_response_embeddings_are_read_in_place_of_tokens(model):
 
 
 @pytest.mark.parametrize("name, n_calls", [
-    ("gpt", 1 + 2 * 2), ("palm", 1 + 2), ("t5-v1.1", 4 + 2 * 2 + 2 * 3)])
+    ("gpt", 1 + 2 * 2), ("palm", 1 + 2), ("llama", 1 + 2 * 2), ("t5-v1.1", 4 + 2 * 2 + 2 * 3)])
 def test_dropout_acts_in_training_alone(name, n_calls):
     """On the embeddings (T5: and on final states), and on each branch of the two blocks."""
     plain = awake(toy(n_layer=2, **VARIANTS[name]))
@@ -100,7 +102,7 @@ def test_texts_up_to_the_block_and_no_longer(model):
             too_long()
 
 
-@pytest.mark.parametrize("arch", ["gpt", "palm"])
+@pytest.mark.parametrize("arch", ["gpt", "palm", "llama"])
 def test_pads_need_no_room_in_the_block(arch):
     """A batch of a long prompt and a long response is wider than the block; its rows are not."""
     model = awake(toy(arch=arch, block_size=9))
@@ -194,7 +196,7 @@ def their_logits(model, prompt, response):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", ["gpt", "t5-v1.0", "t5-v1.1"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "qwen2", "t5-v1.0", "t5-v1.1"])
 def test_logits_and_gradients_are_those_of_transformers(name, seed):
     """Of a model of random sizes there that gets our weights."""
     transformers, rng = pytest.importorskip("transformers"), random.Random(seed)
@@ -202,11 +204,15 @@ def test_logits_and_gradients_are_those_of_transformers(name, seed):
     sizes = dict(n_layer=rng.choice([1, 2]), n_head=n_head, n_inner=24, block_size=48)
     if name == "gpt":
         sizes["n_embd"] = n_head * head_size
+    elif name in ("llama", "qwen2"):
+        n_kv_head = rng.choice([1, 2, 3])
+        n_head *= n_kv_head
+        sizes |= dict(n_head=n_head, n_kv_head=n_kv_head, n_embd=n_head * 4, head_size=head_size)
     else:
         n_buckets, max_distance = rng.choice([(8, 16), (32, 128), (16, 30)])
         sizes |= dict(head_size=head_size, n_buckets=n_buckets, max_distance=max_distance)
-    ours = awake(toy(seed, **VARIANTS[name], **sizes | dict(decoder_start_token_id=7)))
-    family = FAMILIES[ours.config.arch]
+    ours = awake(toy(seed, **VARIANTS[name] | sizes | dict(decoder_start_token_id=7)))
+    family = family_of(ours.config)
     config = transformers.AutoConfig.for_model(**published_config(ours.config, {}, 0))
     theirs = getattr(transformers, family.class_name)(config).eval()
     if name == "t5-v1.1":           # not tied, but it shares the embedding even so

@@ -17,7 +17,7 @@ from common import InputError
 from data import encode_records, tokenizer, tokenizer_of
 from model import RewardModel, load_model, logprobs, save_model
 from real import pretrained
-from real.pretrained import FAMILIES, HUB, convert, export, load_pretrained
+from real.pretrained import HUB, convert, export, load_pretrained
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -31,6 +31,13 @@ def published(name, **changes):
         sizes = dict(vocab_size=V, n_positions=48, n_embd=32, n_layer=2, n_head=4,
                      eos_token_id=END, bos_token_id=END) | changes
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    elif name in ("llama", "qwen2"):
+        sizes = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, eos_token_id=END,
+                     max_position_embeddings=48, tie_word_embeddings=name == "llama",
+                     rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
+        config = transformers.AutoConfig.for_model(name, **sizes)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     else:
         is_old = name == "t5-v1.0"      # the head is tied
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(
@@ -91,7 +98,7 @@ def their_logits(model, prompt, response, pad):
     return out.logits[:, prompt.size(1) - 1:-1]
 
 
-@pytest.fixture(params=["gpt2", "t5-v1.0", "t5-v1.1"])
+@pytest.fixture(params=["gpt2", "llama", "qwen2", "t5-v1.0", "t5-v1.1"])
 def pair(request, tmp_path):
     """(ours, theirs): the same weights, through a folder and the checkpoint made of it."""
     convert(folder_of(tmp_path / "in", request.param), str(tmp_path / "out"))
@@ -101,7 +108,7 @@ def pair(request, tmp_path):
 @pytest.mark.parametrize("padded", [False, True])
 def test_logits_gradients_and_greedy_tokens_are_theirs(pair, padded):
     ours, theirs = pair
-    family, pad = FAMILIES[ours.config.arch], ours.pad_token_id
+    family, pad = pretrained.family_of(ours.config), ours.pad_token_id
     torch.manual_seed(1)
     prompt, response = torch.randint(2, V, (3, 8)), torch.randint(2, V, (3, 6))
     if padded:
@@ -124,15 +131,15 @@ def test_logits_gradients_and_greedy_tokens_are_theirs(pair, padded):
     assert torch.equal(ours.generate(prompt, 20, temperature=0)[0], greedy[:, -20:])
 
 
-@pytest.mark.parametrize("variant", ["gpt", "t5-v1.0", "t5-v1.1"])
+@pytest.mark.parametrize("variant", ["gpt", "llama", "t5-v1.0", "t5-v1.1"])
 def test_transformers_loads_an_export_and_so_do_we(variant, tmp_path, tok):
     model = puns_checkpoint(tmp_path / "ckpt.pt", variant, tok)
     command = [sys.executable, "-m", "real.pretrained", "export", tmp_path / "ckpt.pt",
                tmp_path / "out"]
     subprocess.run(command, cwd=ROOT, check=True)
-    auto = transformers.AutoModelForSeq2SeqLM
-    if variant == "gpt":
-        auto = transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForCausalLM
+    if variant.startswith("t5"):
+        auto = transformers.AutoModelForSeq2SeqLM
     exported = auto.from_pretrained(tmp_path / "out")
     their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = ["About a banker:", "", "  x  ", " a <|pad|> b",
@@ -214,7 +221,7 @@ def test_what_cannot_go_in_or_out_is_one_sentence(tmp_path, tok):
     config = tmp_path / "in" / "config.json"
     content = config.read_text()
     for change, message in (
-            ({"model_type": "bert"}, "'bert'; only gpt2 and t5"),
+            ({"model_type": "bert"}, "'bert'; only gpt2, llama, t5, qwen2 can be loaded"),
             ({"activation_function": "relu"}, "only gelu_new is supported"),
             ({"eos_token_id": [1, 2]}, "one whole number"),
             ({"n_embd": 64}, r"transformer.wte.weight has the shape \(60, 32\).*\(60, 64\)"),
