@@ -57,6 +57,7 @@ def sft_checkpoint():
 
 def line_of(function):
     """("ppo.py", 123): where a function or a class begins."""
+    function = inspect.unwrap(function)                 # without @torch.no_grad()
     path = Path(inspect.getsourcefile(function)).resolve()
     return path.relative_to(ROOT).as_posix(), inspect.getsourcelines(function)[1]
 

@@ -35,12 +35,17 @@ def clean(notebook):
     """Removes what changes from one execution to the next or from one machine to another."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            # Progress bars are what goes to stderr.
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if is_kept(output)]
     notebook.metadata = {
         "kernelspec": notebook.metadata.kernelspec,
         "language_info": {"name": "python"},
     }
+
+
+def is_kept(output):
+    """Not progress bars, which go to stderr, and not sliders, which need a kernel."""
+    is_widget = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return output.get("name") != "stderr" and not is_widget
 
 
 def main(paths):
