@@ -84,7 +84,7 @@ def links(*functions):
 def reveal(guess, truth, unit=""):
     """Prints what was measured beside what the reader has guessed (None: nothing yet)."""
     if guess is None:
-        print(f"measured: {truth:.3g}{unit}. (No guess? Set it in the cell before this one.)")
+        print(f"measured: {truth:.3g}{unit} (set a guess above, and run this again)")
     else:
         print(f"you guessed {guess:.3g}{unit}; measured: {truth:.3g}{unit}")
 
