@@ -5,6 +5,7 @@ the source of a function, guesses, and exercises with a check.
     from notebooks.nb import TINY, check, checkpoint, links, reveal, show_source, trained
 """
 
+import importlib.util
 import inspect
 import os
 import textwrap
@@ -79,7 +80,24 @@ def links(*functions):
     display(Markdown("\n".join(rows)))
 
 # -----------------------------------------------------------------------------
-# guesses and exercises
+# sliders, guesses and exercises
+
+def slider(draw, **ranges):
+    """Calls draw(name=number, ..), again whenever the reader moves one of the sliders.
+
+    ranges: name=(lowest, start, highest). Without ipywidgets it draws once, with the starts, and
+    so it does where nobody can move a slider: run_notebooks.py sets STATIC."""
+    starts = {name: start for name, (_, start, _) in ranges.items()}
+    if importlib.util.find_spec("ipywidgets") is None or os.environ.get("STATIC"):
+        draw(**starts)
+        return
+    import ipywidgets  # an extra
+
+    sliders = {name: ipywidgets.FloatSlider(start, min=low, max=high, step=(high - low) / 100,
+                                            continuous_update=False)
+               for name, (low, start, high) in ranges.items()}
+    ipywidgets.interact(draw, **sliders)
+
 
 def reveal(guess, truth, unit=""):
     """Prints what was measured beside what the reader has guessed (None: nothing yet)."""

@@ -20,6 +20,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 
 def execute(notebook):
     """Runs all cells from top to bottom. Raises CellExecutionError where one fails."""
+    os.environ["STATIC"] = "1"      # figures in place of sliders, which nobody can move here
     client = NotebookClient(
         notebook,
         kernel_name="python3",
