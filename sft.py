@@ -14,11 +14,11 @@ into one row.
 
     python sft.py                                   the pun world, from random weights
     python sft.py --data mine.jsonl                 your own {"prompt": ..., "completion": ...}
-    python sft.py --init runs/sft/ckpt.pt --data mine.jsonl --lr 3e-4 --max_steps 40 \\
-        --warmup_steps 5 --out_dir runs/mine        fine-tunes a checkpoint on them
+    python sft.py --init runs/sft/ckpt.pt --data mine.jsonl --out_dir runs/mine
+                                                    fine-tunes a checkpoint on them
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import tyro
@@ -36,7 +36,7 @@ from data import (
 )
 from lora import prepare, save_trained
 from model import ModelConfig, build_model, load_model, logprobs
-from optim import Muon, optimizer_step, set_lr
+from optim import Muon, adamw, optimizer_step, set_lr
 from puns import world
 
 
@@ -45,8 +45,8 @@ class Config(TrainOptions):
     out_dir: str = "runs/sft"   # the folder of this run
     data: str = ""              # JSONL of prompt and completion; '' is the pun world
     val_data: str = ""          # the same, to validate on; '' holds out a tenth of --data
-    # Long enough for 4,400 steps of 128 records: no text comes twice.
-    corpus_size: int = 564_000  # records of the pun world to write
+    corpus_size: int | None = None  # records of the pun world to write; None: 564,000, with
+                                    # --init 20,000
     init: str = ""              # checkpoint to start from; '' starts from random weights
     tokenizer: str = "puns"     # puns or gpt2; with --init that of the checkpoint
     # the architecture, if it starts from random weights
@@ -57,17 +57,42 @@ class Config(TrainOptions):
     n_inner: int = 256          # width of the feed-forward layers; 0 is 4 n_embd
     block_size: int = 48        # longest prompt + completion, in tokens
     dropout: float = 0.0        # while training
-    batch_size: int = 64        # texts, of about one length each
-    grad_accum: int = 2         # batches a step
-    max_steps: int = 4400       # optimizer steps
-    lr: float = 6e-3            # the highest rate; linear warm-up, then linear decay to zero
-    warmup_steps: int = 100     # steps until the highest rate
+    # None is a number that suits random weights, or with --init one that suits trained ones.
+    batch_size: int | None = None       # texts, of about one length each; None: 64, --init 32
+    grad_accum: int | None = None       # batches a step; None: 2, --init 1
+    max_steps: int | None = None        # optimizer steps; None: 4,400, --init as --epochs says
+    epochs: float = 3.0                 # with --init: passes over the data
+    lr: float | None = None             # the highest rate; linear warm-up, then linear decay to
+                                        # zero; None: 6e-3 (Muon), --init 1e-4 (AdamW)
+    warmup_steps: int | None = None     # steps until the highest rate; None: 100, --init a tenth
     weight_decay: float = 0.0   # one pass over an endless corpus cannot overfit
     grad_clip: float = 1.0      # largest norm of a gradient; 0 does not clip
-    eval_interval: int = 500    # steps between two evaluations and two saved states
+    eval_interval: int | None = None    # steps between two evaluations and two saved states;
+                                        # None: 500, --init an epoch
     log_interval: int = 25      # steps between two rows of metrics.jsonl
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
 
+
+# An endless corpus is read once: 4,400 steps of 128 records are 563,200.
+FROM_SCRATCH = dict(corpus_size=564_000, batch_size=64, grad_accum=2, max_steps=4400, lr=6e-3,
+                    warmup_steps=100, eval_interval=500)
+# Trained weights need little, and more of it would destroy what they know.
+FINE_TUNING = dict(corpus_size=20_000, batch_size=32, grad_accum=1, lr=1e-4)
+
+
+def fill_in(config, **defaults):
+    """The config with these values for options that are None."""
+    unset = {name: x for name, x in defaults.items() if getattr(config, name) is None}
+    return replace(config, **unset)
+
+
+def plan_steps(config, n_batches):
+    """The config of a fine-tuning run with its numbers of steps. n_batches: of one epoch."""
+    epoch = max(1, n_batches // config.grad_accum)                  # in steps
+    config = fill_in(config, max_steps=max(1, round(config.epochs * epoch)), eval_interval=epoch)
+    return fill_in(config, warmup_steps=config.max_steps // 10)
+
+# -----------------------------------------------------------------------------
 
 def sft_loss(model, batch, n_tokens):
     """Cross-entropy of the completions, end tokens included, divided by n_tokens.
@@ -84,11 +109,11 @@ def count_tokens(model, batch):
 
 
 @torch.no_grad()
-def evaluate(model, val, autocast):
+def evaluate(model, val, autocast, batch_size=256):
     """Mean nll of a completion, in nats, over all validation records."""
     model.eval()                                                        # no dropout
     nlls = []
-    for batch in val.in_order():
+    for batch in val.in_order(batch_size):
         with autocast():
             _, nll = sft_loss(model, batch, n_tokens=1)             # (B,)
         nlls.append(nll)
@@ -122,6 +147,7 @@ def load_corpus(config):
 
 def train(config):
     """Runs the stage. Writes config.out_dir/ckpt.pt. Raises InputError for unusable input."""
+    config = fill_in(config, **(FINE_TUNING if config.init else FROM_SCRATCH))
     device, autocast = setup(config)
     model, tok = make_model(config, device)
     records, val_records = load_corpus(config)
@@ -131,15 +157,22 @@ def train(config):
     # The order of the batches depends on the seed alone, so a run can be repeated.
     batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed)
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
-    val_prompts = [record["prompt"] for record in val_records[:256]]
+    # The judge's verdicts need many samples; of other texts a few are read.
+    n_samples = 64 if config.data else 256
+    val_prompts = [record["prompt"] for record in val_records[:n_samples]]
+    if config.init:
+        config = plan_steps(config, batches.n_batches)
     n_parameters = sum(p.numel() for p in model.parameters())
     floor = "" if config.data else f", entropy of the grammar {world().entropy():.2f} nats"
-    print(f"sft: {n_parameters / 1e6:.2f} M parameters, {len(records)} records, {device}{floor}")
+    print(f"sft: {n_parameters / 1e6:.2f} M parameters, {len(records)} records, "
+          f"{config.max_steps} steps, {device}{floor}")
 
     prepare(model, config, "sft")
     model.train()
     # Muon: rare facts, such as the topic of one word, learn as fast as common ones (optim.py).
-    optimizer = Muon(model, config.lr, config.weight_decay)
+    # Published weights were trained by AdamW, and a few steps should not turn them around.
+    optimizer_of = adamw if config.init else Muon
+    optimizer = optimizer_of(model, config.lr, config.weight_decay)
     rng = make_rng(device, config.seed)                 # for samples alone; batches have their own
     loss_function = torch.compile(sft_loss, dynamic=True) if config.compile else sft_loss
 
@@ -165,7 +198,8 @@ def train(config):
         if (step + 1) % config.eval_interval == 0 or is_last:
             # What the loss cannot show: are the samples English, on topic, and funny?
             rows = measure(model, None, tok, val_prompts, rng, autocast)
-            run.log(val_nll=evaluate(model, val, autocast), **means(rows))
+            run.log(val_nll=evaluate(model, val, autocast, config.batch_size),
+                    **means(rows))
             run.write(format_samples(rows))
 
     # The checkpoint holds the tokenizer's name, too: the later stages ask for nothing else.

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the loss by hand, what a run learns, and what each option does."""
 
+import json
 import math
 
 import pytest
@@ -145,6 +146,35 @@ def test_options_of_the_optimizer(tmp_path, sft_ckpt):
     # AdamW's step has the size of lr, unless the gradient is far below its eps of 1e-8.
     assert (plain["wte.weight"] - start["wte.weight"]).abs().max() > 0.9e-2
     assert (clipped["wte.weight"] - start["wte.weight"]).abs().max() < 0.1e-2
+
+
+def test_fine_tuning_has_defaults_of_its_own(tmp_path, sft_ckpt):
+    """80 records are 2 batches of 32 an epoch. AdamW's first step changes each weight by lr; that
+    of Muon, for random weights, changes those of the blocks by less."""
+    data = records(tmp_path / "texts.jsonl", texts_about(NAMES * 5))
+
+    def run(name, init=sft_ckpt, **options):
+        given = dict(init=init, data=data, val_data=data, out_dir=str(tmp_path / name)) | options
+        sft.train(sft.Config(**CPU | given))
+        rows = read_jsonl(tmp_path / name / "metrics.jsonl")
+        used = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        val_nll = {row["step"]: row["val_nll"] for row in rows if "val_nll" in row}
+        return used, val_nll, load_model(tmp_path / name / "ckpt.pt").state_dict()
+
+    used, val_nll, _ = run("plain")
+    expected = dict(batch_size=32, grad_accum=1, lr=1e-4, max_steps=6, warmup_steps=0,
+                    eval_interval=2)
+    assert used | expected == used
+    assert list(val_nll) == [2, 4, 6] and val_nll[2] > val_nll[4] > val_nll[6]
+    used, val_nll, _ = run("given", epochs=5.5, lr=1e-3, eval_interval=7)
+    assert used | dict(max_steps=11, warmup_steps=1, lr=1e-3) == used and list(val_nll) == [7, 11]
+
+    def change(init, **options):
+        options = TINY_SFT | dict(max_steps=1, warmup_steps=0) | options
+        start, end = (run("step", init, **options | dict(lr=lr))[2] for lr in (0.0, 1e-2))
+        return (end["h.0.mlp.c_fc.weight"] - start["h.0.mlp.c_fc.weight"]).abs().mean().item()
+
+    assert change(sft_ckpt) == pytest.approx(1e-2, rel=0.05) and 0 < change("") < 0.5e-2
 
 
 def test_options_of_a_new_model(tmp_path):
