@@ -117,7 +117,7 @@ def attend(q, k, v, bias, scale):
         att = (q @ k.transpose(-2, -1)) * scale             # (B, G, nh/G T, S)
         att = att.view(B, n_head, T, S) + bias
         y = att.softmax(dim=-1).to(v.dtype).view(B, n_groups, -1, S) @ v
-    return y.reshape(B, n_head, T, head_size)
+    return y.reshape(B, n_head, T, -1)
 
 
 def split_heads(x, n_head):
