@@ -117,6 +117,11 @@ def average_over_processes(x):
     return x / world_size()
 
 
+def agreed(flag):
+    """True if the flag is True in any process: all of them must take the same steps."""
+    return average_over_processes(torch.tensor(float(flag))).item() > 0
+
+
 def average_gradients(model):
     """Replaces each gradient by its mean over the processes, all of them in one message."""
     if world_size() > 1:

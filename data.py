@@ -379,6 +379,24 @@ class Batches:
             self.shuffle(state["epoch"])
         self.position = state["position"]
 
+
+def load_prompts(config):
+    """Records of prompts: those of a file, or all of the pun world."""
+    if config.data:
+        return read_records(config.data, ["prompt"])
+    return [{"prompt": world().prompt(thing)} for thing in world().things]
+
+
+def prompt_batches(records, config, tok, block_size, device, seed):
+    """Endless batches of batch_size / group_size prompts, which repeat if there are too few.
+
+    Raises InputError for a prompt that leaves no room for max_new_tokens."""
+    n_prompts = config.batch_size // config.group_size
+    copies = -(-n_prompts // len(records))                  # rounded up
+    encoded = encode_records(records * copies, tok, ["prompt"], block_size,
+                             reserve=config.max_new_tokens)
+    return Batches(encoded, n_prompts, tok.pad_token_id, device, seed)
+
 # -----------------------------------------------------------------------------
 # what a model writes
 

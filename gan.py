@@ -33,7 +33,7 @@ import tyro
 
 import ppo
 from common import InputError, Options, Run, command_line, make_rng, setup
-from data import Batches, encode_records, format_samples, tokenizer_of
+from data import Batches, encode_records, format_samples, prompt_batches, tokenizer_of
 from discriminator import (
     Discriminator,
     accuracy_of,
@@ -75,7 +75,10 @@ class Config(Options):
     group_size: int = 1
     gamma: float = 1.0
     lam: float = 0.95
+    loss: str = "ppo"
     clip_range: float = 0.2
+    clip_range_high: float = 0.0
+    target_kl: float = 0.0
     vf_coef: float = 0.1
     missing_eos_penalty: float = 1.0
     sample_interval: int = 20                           # rounds between two samples on screen
@@ -219,7 +222,7 @@ def train(config):
     # D reads one position more than G writes.
     encoded = encode_records(records, tok, ["prompt", "completion"], block_size - 1)
     reals = Batches(encoded, config.d_batch_size, tok.pad_token_id, device, config.seed)
-    prompts = ppo.prompt_batches(records, config, tok, block_size, device, config.seed + 1)
+    prompts = prompt_batches(records, config, tok, block_size, device, config.seed + 1)
 
     def score_fn(prompt, response):
         states = states_for(discriminator, policy, prompt, response)    # None if D reads tokens

@@ -217,19 +217,6 @@ def load_policy_and_reference(config, device):
         return policy, AdapterView(policy, None)
     return policy, load_model(config.init, device).requires_grad_(False)
 
-
-def megabytes(models, optimizer):
-    """What the models hold between two steps: weights, gradients, and the optimizer's state.
-    A tensor that several of them share counts once."""
-    tensors = []
-    for model in models:
-        tensors += model.state_dict().values()
-        tensors += [p.grad for p in model.parameters() if p.grad is not None]
-    for state in optimizer.state.values():
-        tensors += [x for x in state.values() if torch.is_tensor(x)]
-    size_at = {x.data_ptr(): x.nbytes for x in tensors}
-    return sum(size_at.values()) / 1e6
-
 # -----------------------------------------------------------------------------
 # load and save
 

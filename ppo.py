@@ -7,7 +7,7 @@ Stage 3a, PPO: reinforcement learning from a reward model, with a KL penalty to 
     3. reward of a token = -kl_coef (log pi - log pi_ref), plus the score at the end token
                                                                  Eq. 2 of arXiv 1909.08593
     4. advantages: GAE over the critic's values (arXiv 1506.02438), whitened; or each response
-       against the other responses to its prompt (RLOO, GRPO)
+       against the other responses to its prompt (RLOO, GRPO, Dr. GRPO)
     5. ppo_epochs passes over the rollout in minibatches:
        clipped policy loss + vf_coef clipped value loss          Eq. 7, 9 of arXiv 1707.06347
     6. again, with fresh responses
@@ -25,7 +25,7 @@ ever sees the judge.
     python ppo.py --lora 8 --lr 5e-4               after reward_model.py --lora 8 --lr 2e-3
 """
 
-import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,20 +33,11 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import InputError, Run, TrainOptions, command_line, make_rng, setup
-from data import (
-    Batches,
-    describe,
-    encode_records,
-    format_samples,
-    means,
-    read_records,
-    tokenizer_of,
-)
-from lora import load_policy_and_reference, load_reward_adapter, megabytes, save_trained
+from common import InputError, Run, TrainOptions, agreed, command_line, make_rng, setup
+from data import describe, format_samples, load_prompts, means, prompt_batches, tokenizer_of
+from lora import load_policy_and_reference, load_reward_adapter, save_trained
 from model import load_reward_model, logprobs, logprobs_from_logits
 from optim import adamw, optimizer_step, set_lr
-from puns import world
 
 
 @dataclass(slots=True)
@@ -62,20 +53,19 @@ class Config(TrainOptions):
     max_new_tokens: int = 32                                            # longest response
     temperature: float = 1.0    # of sampling, and of every log-prob
     kl_coef: float = 0.25       # weight of the KL penalty
-    kl_target: float = 0.0      # nats a response; adapts kl_coef to hold this KL; 0 keeps it fixed
-    kl_horizon: int = 10_000    # responses over which kl_coef adapts
     missing_eos_penalty: float = 1.0    # subtracted from the score of a response that never ends
-    baseline: str = "critic"    # critic (GAE), rloo or grpo
-    group_size: int = 1         # responses a prompt; rloo and grpo need at least 2
+    baseline: str = "critic"    # critic (GAE); without a critic: rloo, grpo or dr_grpo
+    group_size: int = 1         # responses a prompt; all but critic need at least 2
     gamma: float = 1.0          # discount a token
     lam: float = 0.95           # GAE's lambda
+    loss: str = "ppo"           # ppo, gspo or cispo; see policy_loss()
     clip_range: float = 0.2     # of the ratio, and of the change of a value
+    clip_range_high: float = 0.0    # of the ratio upward (DAPO has 0.28); 0 is clip_range
+    target_kl: float = 0.0      # no further pass over a rollout above this approx_kl; 0 never stops
     vf_coef: float = 0.5        # weight of the value loss
     lr: float = 1.7e-4                                                  # the highest rate
     warmup_steps: int = 5                                       # rollouts until the highest rate
     grad_clip: float = 1.0                      # largest norm of a gradient; 0 does not clip
-    ppg_interval: int = 0       # rollouts between two auxiliary phases (PPG); 0 is never
-    ppg_epochs: int = 2         # passes of an auxiliary phase
     sample_interval: int = 20   # rollouts between two samples on screen and two saved states
 
 # -----------------------------------------------------------------------------
@@ -97,13 +87,10 @@ def whiten(x, mask):
 def token_rewards(score, logp, ref_logp, mask, kl_coef):
     """-kl_coef (log pi - log pi_ref) on every token, and the score (B,) on the last one.
 
-    A score for every token, (B, R), is added as it is. The penalty is the k1 estimator: as a
-    reward, its expected policy gradient is the gradient of KL(pi || pi_ref). -> (B, R)"""
-    assert logp.shape == ref_logp.shape == mask.shape
+    The penalty is the k1 estimator: as a reward, its expected policy gradient is the gradient of
+    KL(pi || pi_ref). -> (B, R)"""
+    assert logp.shape == ref_logp.shape == mask.shape and score.shape == mask.shape[:1]
     rewards = -kl_coef * (logp - ref_logp) * mask                       # (B, R)
-    if score.dim() == 2:
-        assert score.shape == mask.shape, "a reward is (B,), or (B, R) for one a token"
-        return rewards + score * mask
     rows = torch.arange(len(score), device=score.device)
     rewards[rows, mask.sum(dim=1) - 1] += score             # at the end token
     return rewards
@@ -132,29 +119,50 @@ def group_advantages(rewards, group_size, kind):
     """The advantage of each response over the others to its prompt. rewards (B,) -> (B,)
 
     The responses to a prompt are neighbors. rloo: R_i - mean of the other R (arXiv 2402.14740);
-    grpo: (R_i - mean) / (std + 1e-4), with the unbiased std (arXiv 2402.03300)."""
+    grpo: (R_i - mean) / (std + 1e-4), with the unbiased std (arXiv 2402.03300); dr_grpo:
+    R_i - mean, since to divide by a small std favors prompts that are nearly always, or nearly
+    never, answered well (arXiv 2503.20783)."""
     groups = rewards.view(-1, group_size)                   # (B / G, G)
-    centered = groups - groups.mean(dim=1, keepdim=True)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
     if kind == "rloo":
         # R_i - (sum - R_i) / (G - 1) = (R_i - mean) G / (G - 1)
-        return (centered * group_size / (group_size - 1)).flatten()
-    return (centered / (groups.std(dim=1, keepdim=True) + 1e-4)).flatten()
+        advantages = advantages * group_size / (group_size - 1)
+    elif kind == "grpo":
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)
+    return advantages.flatten()
 
 
-def policy_loss(logp, old_logp, advantages, mask, clip_range):
-    """PPO's clipped objective, Eq. 7 of https://arxiv.org/abs/1707.06347, as a loss.
+def policy_loss(logp, old_logp, advantages, mask, clip_range, clip_range_high=0.0, loss="ppo",
+                max_length=0):
+    """PPO's clipped objective, Eq. 7 of https://arxiv.org/abs/1707.06347, as a loss; or a variant.
 
-    The larger of two losses is taken, so the clip removes only the gain of a step too far.
+    clip_range_high: the upper clip, if it is another ("clip-higher", arXiv 2503.14476).
+    loss: gspo has one ratio for a response, and averages over responses (Eq. 5 of arXiv
+    2507.18071); cispo clips the weight of a token, never its gradient (Eq. 4 of arXiv 2506.13585).
+    max_length: what a response's sum is divided by, if given, whatever its length (Dr. GRPO, arXiv
+    2503.20783). Else the loss is the mean over all tokens of the batch.
     Returns (loss, metrics): the ratio pi / pi_old, approx_kl (k2), and the fraction clipped."""
     assert logp.shape == old_logp.shape == advantages.shape == mask.shape
+    length = mask.sum(dim=1)                                # (B,)
     log_ratio = logp - old_logp                             # log(pi / pi_old)
+    approx_kl = 0.5 * masked_mean(log_ratio ** 2, mask)
+    if loss == "gspo":
+        # The geometric mean of the ratios of all tokens, Eq. 7.
+        log_ratio = ((log_ratio * mask).sum(dim=1) / length)[:, None].expand_as(logp)
     ratio = log_ratio.exp()                                 # 1 on pads
-    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
-    losses = torch.max(-advantages * ratio, -advantages * clipped_ratio)    # (B, R)
-    is_clipped = (ratio - 1).abs() > clip_range
-    metrics = {"ratio": masked_mean(ratio, mask),
-               "approx_kl": 0.5 * masked_mean(log_ratio ** 2, mask),
-               "clipfrac": masked_mean(is_clipped.float(), mask)}
+    low = 0.0 if loss == "cispo" else 1 - clip_range        # the paper's runs have no lower clip
+    clipped_ratio = ratio.clamp(low, 1 + (clip_range_high or clip_range))
+    if loss == "cispo":
+        losses = -advantages * clipped_ratio.detach() * logp
+    else:
+        # The larger of two losses, so the clip removes only the gain of a step too far.
+        losses = torch.max(-advantages * ratio, -advantages * clipped_ratio)    # (B, R)
+    metrics = {"ratio": masked_mean(ratio, mask), "approx_kl": approx_kl,
+               "clipfrac": masked_mean((ratio != clipped_ratio).float(), mask)}
+    if loss == "gspo":
+        return ((losses * mask).sum(dim=1) / length).mean(), metrics
+    if max_length:
+        return ((losses * mask).sum(dim=1) / max_length).mean(), metrics
     return masked_mean(losses, mask), metrics
 
 
@@ -179,15 +187,6 @@ def kl_estimates(logp, ref_logp):
     return k1, k2, k3
 
 
-def adapt_kl_coef(kl_coef, kl, target, horizon, n):
-    """Raises kl_coef while kl is above target, and lowers it while it is below.
-
-    The proportional controller of https://arxiv.org/abs/1909.08593, section 2.2. kl, target: nats
-    a response; n: responses since the last call; horizon: responses over which it reacts."""
-    error = max(-0.2, min(0.2, kl / target - 1))                        # at most 20 % at once
-    return kl_coef * (1 + error * n / horizon)
-
-
 def explained_variance(values, returns, mask):
     """1 - mean((returns - values)^2) / Var(returns): 1 for a perfect critic, 0 for one that
     knows the mean return and nothing else."""
@@ -208,17 +207,15 @@ class Rollout:
     logp: torch.Tensor          # (B, R) log-probs under the policy that wrote the response
     ref_logp: torch.Tensor      # (B, R) the same under the reference
     values: torch.Tensor        # (B, R) what the critic expected before each token
-    score: torch.Tensor         # (B,) of the reward model; or (B, R)
+    score: torch.Tensor         # (B,) of the reward model
     entropy: float              # of the policy, in nats a token
 
 
-def actor_critic(policy, value_head, prompt, response, temperature, detach=False):
-    """(log-probs, values) of a response, both (B, R), in one pass.
-
-    detach=True keeps the gradient of the values out of the trunk (PPG)."""
+def actor_critic(policy, value_head, prompt, response, temperature):
+    """(log-probs, values) of a response, both (B, R), in one pass."""
     hidden = policy.hidden(prompt, response)                # (B, R, C)
     logp = logprobs_from_logits(policy.head(hidden), response, temperature)
-    values = value_head(hidden.detach() if detach else hidden).squeeze(-1).float()
+    values = value_head(hidden).squeeze(-1).float()
     return logp, values
 
 
@@ -226,7 +223,7 @@ def actor_critic(policy, value_head, prompt, response, temperature, detach=False
 def make_rollout(policy, value_head, reference, score_fn, prompt, config, rng):
     """Lets the policy answer prompts (B, P) and records all that the update needs.
 
-    score_fn(prompt, response) -> (B,) or (B, R). Returns a Rollout."""
+    score_fn(prompt, response) -> (B,). Returns a Rollout."""
     response, sampled_logp = policy.generate(prompt, config.max_new_tokens, config.temperature,
                                              rng=rng)
     mask = response != policy.pad_token_id                  # (B, R)
@@ -240,10 +237,8 @@ def make_rollout(policy, value_head, reference, score_fn, prompt, config, rng):
         logp.append(part_logp)
         values.append(part_values)
         ref_logp.append(logprobs(reference, prompt[rows], response[rows], config.temperature))
-    score = score_fn(prompt, response)
-    if score.dim() == 1:
-        ended = (response == policy.config.eos_token_id).any(dim=1)         # (B,)
-        score = score - config.missing_eos_penalty * ~ended
+    ended = (response == policy.config.eos_token_id).any(dim=1)             # (B,)
+    score = score_fn(prompt, response) - config.missing_eos_penalty * ~ended
     entropy = -masked_mean(sampled_logp, mask).item()       # E[-log pi], from the samples
     return Rollout(prompt, response, mask, torch.cat(logp), torch.cat(ref_logp),
                    torch.cat(values), score, entropy)
@@ -253,13 +248,12 @@ def describe_rollout(rollout, tok):
     """(metrics, rows) of a rollout: means over the whole batch, and one row for each response."""
     k1, _, k3 = kl_estimates(rollout.logp, rollout.ref_logp)
     kl = (k1 * rollout.mask).sum(dim=1)                     # (B,) nats a response
-    score = rollout.score
-    if score.dim() == 2:
-        score = score.sum(dim=1)                            # (B,)
-    rows = describe(tok, rollout.prompt, rollout.response, kl, score)
+    rows = describe(tok, rollout.prompt, rollout.response, kl, rollout.score)
     metrics = means(rows)                                       # kl, score, and the judge's rates
     metrics["k3"] = (k3 * rollout.mask).sum(dim=1).mean().item()
     metrics["entropy"] = rollout.entropy
+    ended = (rollout.response == tok.eos_token_id).any(dim=1)                   # (B,)
+    metrics["ended"] = ended.float().mean().item()
     return metrics, rows
 
 
@@ -274,15 +268,16 @@ def compute_advantages(rollout, config, kl_coef):
 # -----------------------------------------------------------------------------
 # update
 
-def update(policy, value_head, optimizer, rollout, advantages, returns, config, autocast,
-           detach=False):
-    """ppo_epochs passes over one rollout, in minibatches. Returns the means of their metrics.
+def update(policy, value_head, optimizer, rollout, advantages, returns, config, autocast):
+    """Passes over one rollout, in minibatches: ppo_epochs of them, or fewer if approx_kl exceeds
+    target_kl. Returns the means of the metrics of all minibatches.
 
     first_ratio is the largest |ratio - 1| before the first step: it must be 0, or the policy that
-    is updated is not the one that wrote the rollout. detach: see actor_critic()."""
+    is updated is not the one that wrote the rollout."""
     has_critic = config.baseline == "critic"
     if has_critic:
         advantages = whiten(advantages, rollout.mask)           # a group's are scaled already
+    max_length = config.max_new_tokens if config.baseline == "dr_grpo" else 0
     actor_and_critic = nn.ModuleList([policy, value_head])      # one gradient norm for both
     history, first_ratio = {}, None                             # {metric: its value at every step}
     for _ in range(config.ppo_epochs):
@@ -290,8 +285,9 @@ def update(policy, value_head, optimizer, rollout, advantages, returns, config, 
             old_logp, mask = rollout.logp[rows], rollout.mask[rows]         # (b, R) each
             with autocast():
                 logp, values = actor_critic(policy, value_head, rollout.prompt[rows],
-                                            rollout.response[rows], config.temperature, detach)
-            loss, metrics = policy_loss(logp, old_logp, advantages[rows], mask, config.clip_range)
+                                            rollout.response[rows], config.temperature)
+            loss, metrics = policy_loss(logp, old_logp, advantages[rows], mask, config.clip_range,
+                                        config.clip_range_high, config.loss, max_length)
             if first_ratio is None:
                 first_ratio = ((logp - old_logp).exp() - 1).abs().max().item()
             if has_critic:
@@ -302,41 +298,21 @@ def update(policy, value_head, optimizer, rollout, advantages, returns, config, 
             metrics["grad_norm"] = torch.tensor(grad_norm)
             for name, value in metrics.items():
                 history.setdefault(name, []).append(value.detach().cpu())
+        if config.target_kl and agreed(metrics["approx_kl"] > config.target_kl):
+            break       # the policy is too far from the one that wrote the rollout
     result = {name: torch.stack(values).mean().item() for name, values in history.items()}
     result["first_ratio"] = first_ratio
     return result
-
-
-def auxiliary_phase(policy, value_head, optimizer, replay, config, autocast):
-    """PPG's second phase, Eq. 4 of https://arxiv.org/abs/2009.04416.
-
-    The value loss is trained through the trunk, while KL(pi_old || pi) over the whole vocabulary
-    keeps the policy where it was. replay: [(Rollout, returns)]. Returns the last loss."""
-    old_policy = copy.deepcopy(policy)                          # what the phase must not change
-    actor_and_critic = nn.ModuleList([policy, value_head])      # one gradient norm for both
-    for _ in range(config.ppg_epochs):
-        for rollout, returns in replay:
-            with autocast():
-                hidden = policy.hidden(rollout.prompt, rollout.response)        # (B, R, C)
-                values = value_head(hidden).squeeze(-1).float()                 # (B, R)
-                logp = policy.head(hidden).float().log_softmax(-1)              # (B, R, V)
-                with torch.no_grad():
-                    old_logits = old_policy(rollout.prompt, rollout.response)
-                    old_logp = old_logits.float().log_softmax(-1)               # (B, R, V)
-            policy_kl = (old_logp.exp() * (old_logp - logp)).sum(-1)            # (B, R)
-            value_error = (values - returns) ** 2
-            loss = masked_mean(policy_kl, rollout.mask)
-            loss = loss + 0.5 * masked_mean(value_error, rollout.mask)
-            optimizer_step(loss, actor_and_critic, optimizer, config.grad_clip)
-    return loss.item()
 
 # -----------------------------------------------------------------------------
 # the stage
 
 def check_config(config):
     """Raises InputError for options that contradict each other."""
-    if config.baseline not in ("critic", "rloo", "grpo"):
-        raise InputError(f"--baseline is critic, rloo or grpo, not '{config.baseline}'")
+    if config.baseline not in ("critic", "rloo", "grpo", "dr_grpo"):
+        raise InputError(f"--baseline is critic, rloo, grpo or dr_grpo, not '{config.baseline}'")
+    if config.loss not in ("ppo", "gspo", "cispo"):
+        raise InputError(f"--loss is ppo, gspo or cispo, not '{config.loss}'")
     if config.baseline != "critic" and config.group_size < 2:
         raise InputError(f"--baseline {config.baseline} compares responses to one prompt: it needs "
                          "--group_size of at least 2")
@@ -344,38 +320,36 @@ def check_config(config):
         raise InputError("--batch_size must be a multiple of --minibatch_size and of --group_size")
 
 
-def load_prompts(config):
-    """Records of prompts: those of a file, or all of the pun world."""
-    if config.data:
-        return read_records(config.data, ["prompt"])
-    return [{"prompt": world().prompt(thing)} for thing in world().things]
-
-
-def prompt_batches(records, config, tok, block_size, device, seed):
-    """Endless batches of batch_size / group_size prompts, which repeat if there are too few.
-
-    Raises InputError for a prompt that leaves no room for max_new_tokens."""
-    n_prompts = config.batch_size // config.group_size
-    copies = -(-n_prompts // len(records))                  # rounded up
-    encoded = encode_records(records * copies, tok, ["prompt"], block_size,
-                             reserve=config.max_new_tokens)
-    return Batches(encoded, n_prompts, tok.pad_token_id, device, seed)
-
-
 def make_score_fn(config, policy, tok, reward_fn, device):
-    """score_fn(prompt, response): the reward model, or the user's reward_fn on strings."""
+    """score_fn(prompt, response) -> (B,): the reward model, or the user's reward_fn on strings."""
+    if reward_fn is None and config.lora:
+        return load_reward_adapter(Path(config.reward).with_name("adapter.pt"), policy, config)
     if reward_fn is None:
-        if config.lora:
-            path = Path(config.reward).with_name("adapter.pt")
-            return load_reward_adapter(path, policy, config)
         return load_reward_model(config.reward, device)
 
     def score_fn(prompt, response):
         prompts = [tok.decode(row) for row in prompt]                   # strings
         texts = [tok.decode(row) for row in response]
-        return torch.tensor(reward_fn(prompts, texts), device=device)
+        return check_scores(reward_fn(prompts, texts), texts).to(device)
 
     return score_fn
+
+
+def check_scores(scores, texts):
+    """What a reward_fn returned for these texts, as a tensor (B,). Raises InputError if it is
+    anything else than a finite number for each of them."""
+    try:
+        tensor = torch.as_tensor(scores, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError("reward_fn must return a list of numbers, and not "
+                         f"{str(scores)[:60]!r}") from None
+    if tensor.shape != (len(texts),):
+        raise InputError(f"reward_fn must return one number for each of the {len(texts)} texts, "
+                         f"and not numbers of shape {tuple(tensor.shape)}")
+    for text, score in zip(texts, tensor.tolist(), strict=True):
+        if not math.isfinite(score):
+            raise InputError(f"reward_fn gave {score} to {text!r}: a score must be finite")
+    return tensor
 
 
 def train(config, reward_fn=None):
@@ -384,9 +358,6 @@ def train(config, reward_fn=None):
     reward_fn(prompts, texts) -> floats takes the place of the reward model, if given: your own
     reward in one function."""
     check_config(config)
-    if config.ppg_interval and config.sample_interval % config.ppg_interval:
-        raise InputError("--sample_interval must be a multiple of --ppg_interval: a state is saved "
-                         "between two auxiliary phases")
     device, autocast = setup(config)
     # In eval mode, like the reference: dropout would move the ratio before any update does.
     policy, reference = load_policy_and_reference(config, device)
@@ -399,12 +370,10 @@ def train(config, reward_fn=None):
     nn.init.zeros_(value_head.bias)
     optimizer = adamw(nn.ModuleList([policy, value_head]), config.lr, eps=1e-5)
     rng = make_rng(device, config.seed)
-    kl_coef = torch.tensor(config.kl_coef)                  # a tensor, so that it is saved, too
-    replay = []                                             # rollouts since the last PPG phase
 
     run = Run("ppo", config)
     for step in run.steps(config.sample_interval, policy=policy, value_head=value_head,
-                          optimizer=optimizer, prompts=prompts, rng=rng, kl_coef=kl_coef):
+                          optimizer=optimizer, prompts=prompts, rng=rng):
         is_last = step + 1 == config.max_steps
         set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
 
@@ -415,19 +384,12 @@ def train(config, reward_fn=None):
         metrics, rows = describe_rollout(rollout, tok)
 
         # -- update
-        advantages, returns = compute_advantages(rollout, config, kl_coef.item())
+        advantages, returns = compute_advantages(rollout, config, config.kl_coef)
         metrics |= update(policy, value_head, optimizer, rollout, advantages, returns, config,
-                          autocast, detach=config.ppg_interval > 0)
+                          autocast)
         assert metrics["first_ratio"] < 1e-2, "the policy of the rollout is not that of the update"
-        if config.ppg_interval:
-            replay.append((rollout, returns))
-            if len(replay) == config.ppg_interval:
-                metrics["ppg_loss"] = auxiliary_phase(policy, value_head, optimizer, replay,
-                                                      config, autocast)
-                replay = []
 
         # -- log
-        metrics["kl_coef"] = kl_coef.item()
         if config.baseline == "critic":
             metrics["explained_variance"] = explained_variance(rollout.values, returns,
                                                                rollout.mask)
@@ -435,17 +397,11 @@ def train(config, reward_fn=None):
             # Groups whose responses all score the same teach nothing.
             spread = rollout.score.view(-1, config.group_size).std(dim=1)   # (B / G,)
             metrics["dead_groups"] = (spread < 1e-6).float().mean().item()
-        if config.kl_target:
-            kl_coef.fill_(adapt_kl_coef(kl_coef.item(), metrics["kl"], config.kl_target,
-                                        config.kl_horizon, len(prompt)))
         run.log(**metrics)
         if (step + 1) % config.sample_interval == 0 or is_last:
             run.write(format_samples(rows))
 
     save_trained(run.folder / "ckpt.pt", policy, tok, stage="ppo")
-    models = [model for model in (policy, value_head, reference, score_fn)
-              if isinstance(model, nn.Module)]
-    print(f"ppo: {megabytes(models, optimizer):.1f} MB of weights, gradients and optimizer state")
     run.finish()
 
 
