@@ -1,393 +1,439 @@
 """
-A reward model of people's taste, from scratch, on puns that people wrote and rated (SemEval-2017
-task 7 and ExPUNations):
+Puns that people wrote and judged: from the files of SemEval-2017 task 7 and ExPUNations to a
+table of what each stage makes of a pretrained model. real/Makefile has the whole pipeline.
 
-    1. split the texts into training and test; near-duplicates stay together (duplicates.py)
-    2. sft.py: a language model reads the training texts, mixed with those of the pun world
-    3. reward_model.py learns from comparisons of training texts (semeval.preferences): which of two
-       the same five raters found funnier, with their share as a soft label; puns over non-puns of
-       their length; puns over their minimal pairs (the same text without the pun)
-    4. the report, on the test texts: three seeds, each with a split of its own. Beside it the
-       baselines: linear models over word and character n-grams, and "the longer one"; and
-       ensembles of both
+    python -m real.people data                  texts -> training, validation, test, prompts
+    python -m real.people pairs                 comparisons for the reward model, and for the judge
+    python -m real.people report                judges and policies on held-out words
 
-    python -m real.fetch semeval
-    python -m real.fetch expun
-    python -m real.people               runs/people/report.md and report.json
+A judge stands in for the parser of the pun world. It is a second reward model, `gold`, which is
+trained on people's judgements that nothing else sees: a random half of the rated texts and of the
+texts that are not puns. A policy can then be good only by what the two reward models agree on.
 
-Both data sets are for non-commercial use only, and so is what was trained on them.
+Four parts of the texts, with all near-duplicates of a text in the same part:
+
+    train       policies, reward model, and discriminator learn from it
+    gold        only the judge learns from it
+    val, test   nobody learns from them
+
+Both data sets are for non-commercial use only, and so is whatever was trained on them.
 """
 
 import collections
-import dataclasses
 import json
 import math
 import random
 import re
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 
-import reward_model
-import sft
 from common import (
-    InputError,
     Options,
     atomic_write,
     command_line,
-    progress_bar,
+    make_rng,
+    read_jsonl,
     setup,
     write_jsonl,
 )
-from data import tokenizer_of
-from model import load_reward_model
-from puns import world
-from real import metrics
+from data import complete, measure, tokenizer_of
+from evaluate import best_of, interval, markdown_table, self_bleu, write_text
+from model import LANGUAGE_MODEL, load_model, load_reward_model, read_checkpoint
 from real.corpora import load
-from real.duplicates import split
-from real.semeval import PROMPT, depun, detection_pairs, preferences, rated_pairs
-from reward_model import pair_metrics, ranking_loss, score_texts, spearman
+from real.duplicates import group_records, words_of
+from real.semeval import PROMPT, depun, detection_pairs, rated_pairs
+from reward_model import score_texts
+
+WORDS = Path(__file__).with_name("words.txt")
 
 
 @dataclass(slots=True)
-class Config:
-    semeval: str = "downloads/semeval"
-    expun: str = "downloads/expun"
-    out_dir: str = "runs/people"
-    seeds: tuple[int, ...] = (1, 2, 3)      # each has a split of its own
-    held_out: float = 0.2                   # fraction of the texts
-    world_texts: int = 10_000               # texts of the pun world to pretrain on
-    copies: int = 4                         # of the real texts beside them
-    sft_steps: int = 400
-    comparisons: int = 20_000
-    steps: int = 250                        # of the reward model; more steps overfit
-    batch_size: int = 64                    # texts, and comparisons
-    n_embd: int = 128
-    dropout: float = 0.1
-    lr: float = 5e-3
-    reward_lr: float = 4e-4
-    likelihood: float = 0.0                 # see reward_model.py
-    device: str = ""
+class Config(Options):
+    semeval: str = "downloads/semeval"          # the folder of SemEval-2017 task 7
+    expun: str = "downloads/expun"              # the folder of ExPUNations
+    out_dir: str = "runs/real"                  # the folder of the stages' folders
+    split_seed: int = 1                         # which texts are in which part
+    comparisons: int = 4000                     # of the reward model, and as many of the judge
+    samples: int = 4                            # of each policy to each prompt, for the report
+    best_of: int = 16                           # how many the reward model picks from
 
 # -----------------------------------------------------------------------------
-# the stages
+# the texts and their parts
 
-def train_stage(stage, **options):
-    """Trains a stage, unless it is done with the same options. Returns its checkpoint's path."""
-    config = stage.Config(**options)
-    folder = Path(config.out_dir)
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    done = None
-    if (folder / "ckpt.pt").exists():
-        done = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if done != wanted:
-        stage.train(config)
-    return str(folder / "ckpt.pt")
+def load_puns(config):
+    """All texts of SemEval, with the ratings of ExPUNations where there are any."""
+    rated = {pun.id: pun for pun in load(config.expun, "expun", semeval=config.semeval).records}
+    return [rated.get(pun.id, pun) for pun in load(config.semeval, "semeval").records]
 
 
-def sft_records(puns):
-    return [{"prompt": PROMPT, "completion": " " + pun.text} for pun in puns]
+def is_offensive(pun):
+    """True if two raters or more found it offensive."""
+    return round((pun.offensive_rate or 0) * len(pun.raters)) >= 2
 
 
-def train_reward_model(config, folder, seed, train, test, texts):
-    """Pretrains and trains on the training puns; the test puns are only validated on.
+def parts_of(puns, seed):
+    """{"train", "gold", "val", "test": puns}. Near-duplicates are in one part, see the top."""
+    parts = {"train": [], "gold": [], "val": [], "test": []}
+    groups = group_records(puns)
+    random.Random(seed).shuffle(groups)
+    to_gold = False
+    for rows in groups:
+        group = [puns[i] for i in rows]
+        is_judged = any(pun.ratings or not pun.is_pun for pun in group)
+        if len(parts["test"]) < 0.15 * len(puns):
+            part = "test"
+        elif len(parts["val"]) < 0.04 * len(puns):
+            part = "val"
+        elif is_judged and to_gold:
+            part, to_gold = "gold", False
+        else:
+            part, to_gold = "train", to_gold or is_judged   # every second judged group is gold
+        parts[part] += group
+    return parts
 
-    Returns the scores of the texts (N,), whose differences are log odds, and the path of the
-    language model."""
-    corpus = sft_records(train) * config.copies
-    if config.world_texts:
-        corpus += world().corpus(config.world_texts, seed)
-    random.Random(seed).shuffle(corpus)
-    files = {"sft_train": corpus, "sft_test": sft_records(test),
-             "pairs_train": preferences(train, config.comparisons, seed),
-             "pairs_test": preferences(test, 1000, seed)}
-    path_of = {}
+
+def word_prompt(word):
+    return f'A pun with the word "{word.lower()}":'
+
+
+def completions(puns):
+    """What a policy learns: the inoffensive puns, each asked for by its pun word."""
+    return [{"prompt": word_prompt(pun.pun_word), "completion": " " + pun.text}
+            for pun in puns if pun.is_pun and not is_offensive(pun)]
+
+
+def everyday_words(puns):
+    """Words with two senses, or that sound like another, which occur in no pun of the data: nobody
+    can have memorized a pun on them."""
+    seen = {word for pun in puns if pun.is_pun for word in re.findall(r"[a-z]+", pun.text.lower())}
+    return [word for word in WORDS.read_text(encoding="utf-8").split() if word not in seen]
+
+
+def write_data(config):
+    """Writes out_dir/data: records of every part, prompts for RL, and prompts to evaluate on."""
+    puns = load_puns(config)
+    parts = parts_of(puns, config.split_seed)
+    folder = Path(config.out_dir, "data")
+    words = everyday_words(puns)
+    random.Random(config.split_seed).shuffle(words)
+    unseen, for_training = words[:200], words[200:]
+    trained = list(dict.fromkeys(record["prompt"] for record in completions(parts["train"])))
+    files = {part: completions(parts[part]) for part in ("train", "val", "test")}
+    files["rl_prompts"] = [{"prompt": p} for p in trained + [word_prompt(w) for w in for_training]]
+    files["unseen_prompts"] = [{"prompt": word_prompt(word)} for word in unseen]
+    random.Random(config.split_seed).shuffle(trained)
+    files["trained_prompts"] = [{"prompt": p} for p in trained[:200]]
     for name, records in files.items():
-        path_of[name] = str(folder / f"{name}.jsonl")
-        write_jsonl(path_of[name], records)
-    shared = {"seed": seed, "device": config.device, "batch_size": config.batch_size,
-              "eval_interval": 10**6}           # only after the last step
-    lm = train_stage(
-        sft, data=path_of["sft_train"], val_data=path_of["sft_test"],
-        out_dir=str(folder / "sft"), n_embd=config.n_embd, n_head=config.n_embd // 32,
-        n_inner=3 * config.n_embd, block_size=160, dropout=config.dropout, lr=config.lr,
-        max_steps=config.sft_steps, grad_accum=1, **shared)
-    ckpt = train_stage(
-        reward_model, data=path_of["pairs_train"], val_data=path_of["pairs_test"], init=lm,
-        out_dir=str(folder / "reward_model"), max_steps=config.steps, lr=config.reward_lr,
-        likelihood=config.likelihood, **shared)
-    device, autocast = setup(Options(seed, config.device))
-    trained = load_reward_model(ckpt, device)
-    answers = [" " + text for text in texts]
-    scores = score_texts(trained, tokenizer_of(trained.model), [PROMPT] * len(texts), answers,
-                         autocast)
-    # Undoes normalize(), so that differences are log odds.
-    return (scores - trained.shift.cpu()) / trained.gain.cpu(), lm
+        write_jsonl(folder / f"{name}.jsonl", records)
+        print(f"{folder}/{name}.jsonl: {len(records)} records")
+    for part, texts in parts.items():
+        n_puns = sum(pun.is_pun for pun in texts)
+        n_rated = sum(bool(pun.ratings) for pun in texts)
+        print(f"{part}: {len(texts)} texts, {n_puns} puns, {n_rated} rated")
 
 # -----------------------------------------------------------------------------
-# baselines
+# comparisons
 
-SIZE = 2**18                    # of the table that n-grams are hashed into
-
-
-def ngrams(text):
-    """The hashed n-grams of a text, sorted: of 1 and 2 words, and of 2 to 5 characters."""
-    tokens, characters = text.lower().split(), f" {text} "
-    found = set()
-    for n in (1, 2):
-        for i in range(len(tokens) - n + 1):
-            found.add(" ".join(tokens[i:i + n]) + "|")
-    for n in range(2, 6):
-        for i in range(len(characters) - n + 1):
-            found.add(characters[i:i + n])
-    return sorted({zlib.crc32(gram.encode()) % SIZE for gram in found})
+SOURCES = {"rated": 0.25, "detected": 0.3, "minimal": 0.1, "sampled": 0.35}     # of the comparisons
 
 
-class TfIdf:
-    """Texts as vectors: tf-idf of the n-grams that at least two of the training texts have."""
+def comparisons(puns, samples, n, seed):
+    """About n comparisons of texts, from four sources:
 
-    def __init__(self, texts):
-        rows = [ngrams(text) for text in texts]
-        count = torch.bincount(torch.tensor([gram for row in rows for gram in row]), minlength=SIZE)
-        idf = torch.log((len(rows) + 1) / (count + 1)) + 1
-        self.idf = torch.where(count > 1, idf, 0.0)                         # (SIZE,)
+    rated       two texts that the same raters judged, the funnier one first
+    detected    a pun, and a text of its length that is not a pun
+    minimal     a pun, and the same text without its pun
+    sampled     a person's pun, and what the SFT model wrote to the same prompt; without these, RL
+                finds at once what a model writes and no person does
 
-    def __call__(self, texts):
-        """-> (N, SIZE), sparse, each row of length 1"""
-        places = [(i, gram) for i, text in enumerate(texts) for gram in ngrams(text)]
-        rows, columns = torch.tensor(places).T
-        squares = torch.zeros(len(texts)).index_add_(0, rows, self.idf[columns] ** 2)
-        values = self.idf[columns] / squares.sqrt().clamp(min=1e-9)[rows]
-        matrix = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (len(texts), SIZE),
-                                         check_invariants=True)
-        return matrix.coalesce()
-
-
-def fit_linear(texts, others, loss_of, l2, features=()):
-    """Trains a linear model of n-grams on some texts. Returns the scores of other texts (N,).
-
-    loss_of(scores (N,)): the summed loss on the training texts; l2 / 2 |weights|^2 is added.
-    features: functions of a text whose values count, too, with weights that are not penalized."""
-    tfidf = TfIdf(texts)
-
-    def columns(texts):
-        return torch.tensor([[1.0, *(feature(text) for feature in features)] for text in texts])
-
-    weights = torch.zeros(SIZE, 1, requires_grad=True)
-    free = torch.zeros(1 + len(features), 1, requires_grad=True)    # the first one is the bias
-    x, more = tfidf(texts), columns(texts)
-    optimizer = torch.optim.LBFGS([weights, free], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        scores = (x @ weights + more @ free).squeeze(1)             # (N,)
-        total = loss_of(scores) + l2 / 2 * weights.square().sum()
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    with torch.no_grad():
-        return (tfidf(others) @ weights + columns(others) @ free).squeeze(1)
-
-
-def words_of(text):
-    return set(re.findall(r"[a-z']+", text.lower()))
-
-
-def rarity(puns):
-    """A function of a text: -sum of log(1 + the number of puns that have a word), over its words.
-
-    A pun does not count for its own text or for its minimal pair. Otherwise all training texts
-    would seem to have more common words than new ones."""
-    count = collections.Counter(word for pun in puns for word in words_of(pun.text))
-    own = {}
+    samples: {prompt: a completion}. If a source has too few, all of it is taken."""
+    pairs = {source: [] for source in SOURCES}
+    for a, b, margin, share in rated_pairs(puns, 0.4):
+        pairs["rated"].append((PROMPT, a.text, b.text, margin, max(share, 0.5)))
+    for a, b in detection_pairs(puns):
+        pairs["detected"].append((PROMPT, a.text, b.text, 1.0, 1.0))
     for pun in puns:
-        own[pun.text] = own[depun(pun)] = words_of(pun.text)
-
-    def of(text):
-        total = 0.0
-        for word in words_of(text):
-            total -= math.log(1 + count[word] - (word in own.get(text, ())))
-        return total
-
-    return of
-
-
-def minimal_pairs(puns):
-    """[(text of a pun, the same text without the pun)], where the other word is known."""
-    return [(pun.text, depun(pun)) for pun in puns if depun(pun) not in ("", pun.text)]
-
-
-def baselines(train, others, z):
-    """{name: scores of the other texts (N,)}: a specialist for each task, and the length.
-
-    z: see standardized_ratings()."""
-    texts = [pun.text for pun in train]
-    is_pun = torch.tensor([float(pun.is_pun) for pun in train])
-    rated = [pun for pun in train if pun.part == "full"]
-    ratings = torch.tensor([z[pun.id] for pun in rated])
-    minimal = [text for pair in minimal_pairs(train) for text in pair]      # pun, other, pun, ...
-
-    def pun_loss(scores):
-        return F.binary_cross_entropy_with_logits(scores, is_pun, reduction="sum")
-
-    def rating_loss(scores):
-        return F.mse_loss(scores, ratings, reduction="sum") / 2
-
-    def minimal_loss(scores):
-        return len(minimal) / 2 * ranking_loss(scores.view(-1, 2))
-
-    return {
-        "linear, pun or not": fit_linear(texts, others, pun_loss, 0.3),
-        "linear, ratings": fit_linear([pun.text for pun in rated], others, rating_loss, 1.0),
-        "linear, minimal pairs": fit_linear(minimal, others, minimal_loss, 0.3,
-                                            [len, rarity(train)]),
-        "the longer one": torch.tensor([float(len(text.split())) for text in others]),
-        "more letters": torch.tensor([float(len(text)) for text in others]),
-    }
+        prompt = word_prompt(pun.pun_word)
+        if depun(pun) not in ("", pun.text):
+            pairs["minimal"].append((prompt, pun.text, depun(pun), 1.0, 1.0))
+        if prompt in samples and samples[prompt].strip() not in ("", pun.text):
+            pairs["sampled"].append((prompt, pun.text, samples[prompt].strip(), 1.0, 1.0))
+    rng, records = random.Random(seed), []
+    for source, fraction in SOURCES.items():
+        size = min(len(pairs[source]), round(fraction * n))
+        for prompt, chosen, rejected, margin, share in rng.sample(pairs[source], size):
+            records.append({"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected,
+                            "margin": margin, "share": share, "source": source})
+    rng.shuffle(records)
+    return records
 
 
-def ensemble(specialist, ours):
-    """Sum of the standardized scores (N,) of a linear specialist, which counts three times, and of
-    the reward model."""
-    def standardize(scores):
-        return (scores - scores.mean()) / scores.std()
+def sample_sft(config, puns, seed):
+    """{prompt: one completion of the SFT model} for the pun word of every pun."""
+    device, autocast = setup(config)
+    model = load_model(Path(config.out_dir, "sft", "ckpt.pt"), device)
+    prompts = list(dict.fromkeys(record["prompt"] for record in completions(puns)))
+    texts = complete(model, tokenizer_of(model), prompts, make_rng(device, seed), autocast)
+    return dict(zip(prompts, texts, strict=True))
 
-    return 3 * standardize(specialist) + standardize(ours)
+
+def write_pairs(config):
+    """Writes comparisons of each part: pairs_train.jsonl for the reward model, pairs_gold.jsonl
+    for the judge, and pairs_val.jsonl and pairs_test.jsonl to measure both."""
+    parts = parts_of(load_puns(config), config.split_seed)
+    folder = Path(config.out_dir, "data")
+    sizes = {"train": config.comparisons, "gold": config.comparisons, "val": 400, "test": 2000}
+    for seed, (part, n) in enumerate(sizes.items()):
+        samples = sample_sft(config, parts[part], config.seed + seed)
+        records = comparisons(parts[part], samples, n, config.split_seed)
+        write_jsonl(folder / f"pairs_{part}.jsonl", records)
+        counts = {s: sum(record["source"] == s for record in records) for s in SOURCES}
+        print(f"{folder}/pairs_{part}.jsonl: {len(records)} comparisons, {counts}")
+
 
 # -----------------------------------------------------------------------------
-# measures
+# the report: are the two reward models any good?
 
-def standardized_ratings(puns):
-    """{id: mean rating}, with each rater's ratings standardized: people use a scale in different
-    ways."""
-    of_rater = collections.defaultdict(list)
-    for pun in puns:
-        for rater, rating in zip(pun.raters, pun.ratings, strict=True):
-            of_rater[rater].append(float(rating))
-    mean, std = {}, {}
-    for rater, ratings in of_rater.items():
-        mean[rater] = sum(ratings) / len(ratings)
-        variance = sum((rating - mean[rater]) ** 2 for rating in ratings) / len(ratings)
-        std[rater] = max(math.sqrt(variance), 1e-6)
-    result = {}
-    for pun in puns:
-        standardized = [(rating - mean[rater]) / std[rater]
-                        for rater, rating in zip(pun.raters, pun.ratings, strict=True)]
-        result[pun.id] = sum(standardized) / len(standardized)
-    return result
+def auc(positives, negatives):
+    """The fraction of (positive, negative) pairs with the positive above; a tie is half.
+
+    positives (N,), negatives (M,): scores."""
+    above = (positives[:, None] > negatives).float().mean()
+    ties = (positives[:, None] == negatives).float().mean()
+    return (above + ties / 2).item()
 
 
-def partial_spearman(a, b, c):
-    """Rank correlation of a and b (N,) with c held fixed; 0 if a has the ranks of c."""
-    ab, ac, bc = spearman(a, b), spearman(a, c), spearman(b, c)
-    rest = (1 - ac * ac) * (1 - bc * bc)
-    return (ab - ac * bc) / math.sqrt(rest) if rest > 1e-6 else 0.0
-
-
-def accuracy(score, pairs):
-    """The fraction of pairs of texts, better first, that the scores order rightly; a tie is half.
-    0 without pairs. score: {text: score}"""
-    points = [(score[a] > score[b]) + (score[a] == score[b]) / 2 for a, b in pairs]
-    return sum(points) / len(points) if points else 0.0
-
-
-def n_words(pun):
-    return len(pun.text.split())
-
-
-def measures(puns, score, z):
-    """The numbers of the report, from test puns, {text: score}, and {id: standardized rating}."""
-    row = {"AUC, pun or not": metrics.auc([score[pun.text] for pun in puns if pun.is_pun],
-                                          [score[pun.text] for pun in puns if not pun.is_pun])}
-    same_length = [(a.text, b.text) for a, b in detection_pairs(puns, 0)]
-    row["AUC, as many words"] = accuracy(score, same_length)
-    row["pun over minimal pair"] = accuracy(score, minimal_pairs(puns))
-    rated = [pun for pun in puns if pun.part == "full"]
+def measure_judge(reward_model, puns, pairs, autocast):
+    """{measure: value} of a reward model on texts and comparisons that it has not seen."""
+    tok = tokenizer_of(reward_model.model)
+    texts = [" " + pun.text for pun in puns]
+    scores = score_texts(reward_model, tok, [PROMPT] * len(texts), texts, autocast)     # (N,)
+    is_pun = torch.tensor([pun.is_pun for pun in puns])
+    row = {"pun or not, AUC": auc(scores[is_pun], scores[~is_pun])}
+    score = {pun.text: value for pun, value in zip(puns, scores.tolist(), strict=True)}
     for margin in (0.4, 1.0):
-        pairs = [(a, b) for a, b, *_ in rated_pairs(rated, margin)]
-        both_puns = [(a, b) for a, b in pairs if a.is_pun and b.is_pun]
-        as_long = [(a, b) for a, b in both_puns if abs(n_words(a) - n_words(b)) < 2]
-        for name, kept in (("", pairs), (", two puns", both_puns),
-                           (", two puns within a word", as_long)):
-            texts = [(a.text, b.text) for a, b in kept]
-            row[f"raters, margin {margin}{name}"] = accuracy(score, texts)
-    scores = torch.tensor([score[pun.text] for pun in rated])
-    ratings = torch.tensor([pun.funniness for pun in rated])
-    lengths = torch.tensor([float(n_words(pun)) for pun in rated])
-    row["Spearman, mean rating"] = spearman(scores, ratings)
-    row["Spearman, standardized raters"] = spearman(scores, torch.tensor([z[p.id] for p in rated]))
-    row["Spearman, mean rating, length fixed"] = partial_spearman(scores, ratings, lengths)
+        right = [score[a.text] > score[b.text] for a, b, *_ in rated_pairs(puns, margin)]
+        row[f"raters, margin {margin}"] = sum(right) / max(len(right), 1)
+    for source, name in (("minimal", "pun over minimal pair"), ("sampled", "pun over a sample")):
+        of_source = [pair for pair in pairs if pair["source"] == source]
+        prompts = [pair["prompt"] for pair in of_source]
+        chosen, rejected = (score_texts(reward_model, tok, prompts,
+                                        [pair[field] for pair in of_source], autocast)
+                            for field in ("chosen", "rejected"))
+        row[name] = (chosen > rejected).float().mean().item()
     return row
 
 # -----------------------------------------------------------------------------
-# the report
+# the report: policies
 
-def main(config):
-    """Trains and measures. Writes the report to config.out_dir. Raises InputError."""
+COPIED = 0.45       # of two texts, the overlap from which they are near-duplicates (duplicates.py)
+
+
+def overlap_with(training):
+    """A function of a text: its largest overlap with a training text, from 0 to 1.
+
+    The overlap of two texts is the weight of the words that they share, over that of all their
+    words. A word that n of the N training texts have weighs log((N + 1) / n)."""
+    sets = [words_of(text) for text in training]
+    count = collections.Counter(word for words in sets for word in words)
+
+    def weight(words):
+        return sum(math.log((len(sets) + 1) / max(count[word], 1)) for word in words)
+
+    def overlap(text):
+        words = words_of(text)
+        return max(weight(words & other) / max(weight(words | other), 1e-9) for other in sets)
+
+    return overlap
+
+
+def uses_word(row):
+    word = re.search(r'"(.*)"', row["prompt"])[1]
+    return re.search(rf"\b{re.escape(word)}\b", row["text"].lower()) is not None
+
+
+def draw_samples(path, prompts, judges, config, autocast):
+    """Samples of a policy to the prompts, with kl, the proxy's score, and gold, the judge's.
+
+    judges: (SFT model, reward model, gold)."""
+    reference, proxy, gold = judges
+    device = next(reference.parameters()).device
+    policy = load_model(path, device)
+    tok = tokenizer_of(policy)
+    rows = measure(policy, reference, tok, prompts, make_rng(device, config.seed), autocast, proxy)
+    texts = [row["text"] for row in rows]
+    scores = score_texts(gold, tok, prompts, texts, autocast)
+    return [row | {"gold": score} for row, score in zip(rows, scores.tolist(), strict=True)]
+
+
+def by_prompt(rows, values):
+    """The mean value of each prompt: samples to one prompt are alike, so they count as one."""
+    of_prompt = collections.defaultdict(list)
+    for row, value in zip(rows, values, strict=True):
+        of_prompt[row["prompt"]].append(value)
+    return [sum(values) / len(values) for values in of_prompt.values()]
+
+
+def describe_policy(rows, baseline, overlap):
+    """One row of the table: a policy's samples, beside the SFT model's to the same prompts."""
+    wins = [(row["gold"] > other["gold"]) + (row["gold"] == other["gold"]) / 2
+            for row, other in zip(rows, baseline, strict=True)]
+    win_rates = by_prompt(rows, wins)
+    gold = by_prompt(rows, [row["gold"] for row in rows])
+    texts = [row["text"] for row in rows]
+
+    def mean(values):
+        return sum(values) / len(rows)
+
+    return {"win rate": sum(win_rates) / len(win_rates), "win rate ±": interval(win_rates),
+            "gold": sum(gold) / len(gold), "gold ±": interval(gold),
+            "proxy": mean(row["score"] for row in rows), "kl": mean(row["kl"] for row in rows),
+            "uses the word": mean(uses_word(row) for row in rows),
+            "distinct": len(set(texts)) / len(texts), "self-BLEU": self_bleu(texts),
+            "copied": mean(overlap(text) >= COPIED for text in texts),
+            "words": mean(len(text.split()) for text in texts)}
+
+
+def find_policies(folder):
+    """The checkpoints of the language models in a folder of runs, the SFT model first."""
+    paths = [path for path in sorted(folder.glob("*/ckpt.pt"))
+             if path.parent.name not in ("pretrained", "sft")]
+    paths = [path for path in paths if read_checkpoint(path)["kind"] == LANGUAGE_MODEL]
+    return [folder / "sft" / "ckpt.pt", *paths]
+
+
+def evaluate_policies(config, judges, overlap, autocast):
+    """({prompts: {policy: a row of the table}}, all samples)"""
     folder = Path(config.out_dir)
-    rated = {pun.id: pun for pun in load(config.expun, "expun", semeval=config.semeval).records}
-    puns = [rated.get(pun.id, pun) for pun in load(config.semeval, "semeval").records]
-    if not minimal_pairs(puns):
-        raise InputError(
-            f"--semeval {config.semeval}: no heterographic pun whose other word is known, which a "
-            "part of the report needs: subtask1-heterographic-test.xml and the .gold files of all "
-            "three subtasks")
-    z = standardized_ratings([pun for pun in puns if pun.part == "full"])
-    tables = collections.defaultdict(list)      # {model: a row of measures() for each seed}
-    rated_scores, pun_metrics = [], []
-    for seed in progress_bar(config.seeds, "people", len(config.seeds)):
-        train, test = split(puns, config.held_out, seed)
-        texts = [text for pun in test for text in (pun.text, depun(pun)) if text]
-        texts = list(dict.fromkeys(texts))
-        ours, lm = train_reward_model(config, folder / str(seed), seed, train, test, texts)
-        scores_of = {"reward model": ours} | baselines(train, texts, z)
-        for task in ("pun or not", "ratings", "minimal pairs"):
-            scores_of[f"both, {task}"] = ensemble(scores_of[f"linear, {task}"], ours)
-        for name, scores in scores_of.items():
-            score = dict(zip(texts, scores.tolist(), strict=True))
-            tables[name].append(measures(test, score, z))
-        score = dict(zip(texts, ours.tolist(), strict=True))
-        for a, b, *_ in rated_pairs([pun for pun in test if pun.part == "full"], 0.4):
-            rated_scores.append([score[a.text], score[b.text]])
-        pun_metrics.append(metrics.evaluate(puns, train, test, lm, config.device))
-    error = pair_metrics(torch.tensor(rated_scores))["ece"]
-    write_report(config, tables, error, pun_metrics)
+    sft, *others = find_policies(folder)
+    tables, samples = {}, []
+    for name in ("unseen", "trained"):
+        prompts = [row["prompt"] for row in read_jsonl(folder / "data" / f"{name}_prompts.jsonl")]
+
+        def draw(path, n, seed, prompts=prompts):
+            repeated = [prompt for prompt in prompts for _ in range(n)]
+            return draw_samples(path, repeated, judges, replace(config, seed=seed), autocast)
+
+        # What all policies are compared with; the row "sft" is another draw.
+        baseline = draw(sft, config.samples, config.seed + 1)
+        many = draw(sft, config.best_of, config.seed + 2)
+        groups = [many[i:i + config.best_of] for i in range(0, len(many), config.best_of)]
+        drawn = {path.parent.name: draw(path, config.samples, config.seed)
+                 for path in [sft, *others]}
+        tables[name] = {policy: describe_policy(rows, baseline, overlap)
+                        for policy, rows in drawn.items()}
+        drawn["best"] = best_of(groups, config.best_of)
+        tables[name][f"best of {config.best_of}"] = describe_policy(
+            drawn["best"], baseline[::config.samples], overlap)
+        samples += [{"policy": policy, "words": name} | row
+                    for policy, rows in drawn.items() for row in rows]
+        print(table(f"{name} words", tables[name]), flush=True)
+    return tables, samples
 
 
-def cell(rows, name):
-    """Mean ± standard deviation over the seeds."""
-    values = torch.tensor([float(row[name]) for row in rows])
-    std = values.std() if len(values) > 1 else 0.0
-    return f"{values.mean():.3f} ± {std:.3f}"
+def training_curve(path, judges, autocast):
+    """[(kl, proxy, gold)] at each step whose samples a run has kept."""
+    _, _, gold = judges
+    of_step = collections.defaultdict(list)
+    for row in read_jsonl(path):
+        of_step[row["step"]].append(row)
+    points = []
+    for rows in of_step.values():
+        scores = score_texts(gold, tokenizer_of(gold.model), [row["prompt"] for row in rows],
+                             [row["text"] for row in rows], autocast)
+        points.append((sum(row["kl"] for row in rows) / len(rows),
+                       sum(row["score"] for row in rows) / len(rows), scores.mean().item()))
+    return points
+
+# -----------------------------------------------------------------------------
+# the report: the page
+
+def table(name, rows):
+    """A Markdown table of {name of the row: {column: value}}; a column "x ±" joins column x."""
+    columns = [column for column in next(iter(rows.values())) if not column.endswith("±")]
+    lines = []
+    for row_name, row in rows.items():
+        cells = [row_name]
+        for column in columns:
+            cell = f"{row[column]:.3f}"
+            if f"{column} ±" in row:
+                cell += f" ± {row[f'{column} ±']:.3f}"
+            cells.append(cell)
+        lines.append(cells)
+    return markdown_table([name, *columns], lines)
 
 
-def write_report(config, tables, error, pun_metrics):
-    """Writes report.json and report.md, and prints the latter."""
+def page(judges, tables, samples, config):
+    """The report as Markdown: both tables, and thirty samples of each policy, not picked."""
+    lines = ["`python -m real.people report`. Intervals: 95 %, over prompts. Win rate: how often "
+             "the judge (gold) prefers the policy's text to the SFT model's.", "",
+             table("held-out texts", judges)]
+    lines += [table(f"{name} words", rows) for name, rows in tables.items()]
+    for policy in dict.fromkeys(row["policy"] for row in samples):
+        lines += [f"**{policy}**, words that no training has seen, not picked:", ""]
+        of_policy = [row for row in samples if row["policy"] == policy and row["words"] == "unseen"]
+        every = max(1, len(of_policy) // 30)
+        lines += [f"- {row['prompt']}{row['text']}" for row in of_policy[::every][:30]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw_curves(curves, path):
+    """The proxy's score and the judge's against KL, along the training of each policy."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for i, (name, points) in enumerate(curves.items()):
+        kl = [point[0] for point in points]
+        for axis, column in zip(axes, (1, 2), strict=True):
+            axis.plot(kl, [point[column] for point in points], "o-", markersize=3, color=f"C{i}",
+                      label=name)
+    for axis, name in zip(axes, ("reward model (proxy)", "judge (gold)"), strict=True):
+        axis.set_xlabel("KL to the SFT policy, nats a response")
+        axis.set_ylabel(f"score of the {name}")
+        axis.grid(alpha=0.25)
+    axes[0].legend(fontsize=8)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def write_report(config):
+    """Writes out_dir/report.md, report.json, report.png, and report_samples.jsonl."""
+    device, autocast = setup(config)
     folder = Path(config.out_dir)
-    lines = [f"Test texts: mean ± standard deviation over {len(config.seeds)} seeds, each with a "
-             f"split of its own ({config.held_out:.0%} of the texts). `python -m real.people`, "
-             f"{dataclasses.asdict(config)}", "",
-             f"| | {' | '.join(tables)} |", "|---" * (len(tables) + 1) + "|"]
-    for name in tables["reward model"][0]:
-        cells = [cell(rows, name) for rows in tables.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", f"Calibration error on rated pairs, margin 0.4: {error:.3f}.", "",
-              "Pun metrics without a judge, AUC of puns against non-puns (heterographic):", ""]
-    lines += [f"- {name}: {cell(pun_metrics, name)}" for name in pun_metrics[0]]
-    report = {"config": dataclasses.asdict(config), "tables": tables, "ece": error,
-              "metrics": pun_metrics}
-    with atomic_write(folder / "report.json") as path:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with atomic_write(folder / "report.md") as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines[2:]))
-    print(f"\n{folder / 'report.md'}")
+    parts = parts_of(load_puns(config), config.split_seed)
+    proxy = load_reward_model(folder / "reward_model" / "ckpt.pt", device)
+    gold = load_reward_model(folder / "gold" / "ckpt.pt", device)
+    pairs = read_jsonl(folder / "data" / "pairs_test.jsonl")
+    quality = {"reward model (proxy)": measure_judge(proxy, parts["test"], pairs, autocast),
+               "judge (gold)": measure_judge(gold, parts["test"], pairs, autocast)}
+    print(table("held-out texts", quality), flush=True)
+    judges = (load_model(folder / "sft" / "ckpt.pt", device), proxy, gold)
+    overlap = overlap_with([pun.text for pun in parts["train"]])
+    tables, samples = evaluate_policies(config, judges, overlap, autocast)
+    curves = {path.parent.name: training_curve(path, judges, autocast)
+              for path in sorted(folder.glob("*/samples.jsonl"))}
+    curves = {name: points for name, points in curves.items() if points}
+    write_jsonl(folder / "report_samples.jsonl", samples)
+    write_text(folder / "report.md", page(quality, tables, samples, config))
+    report = {"judges": quality, "policies": tables, "curves": curves}
+    write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    draw_curves(curves, folder / "report.png")
+    print(f"{folder}/report.md  {folder}/report.json  {folder}/report.png")
+
+
+STEPS = {"data": write_data, "pairs": write_pairs, "report": write_report}
+
+
+def main(step: tyro.conf.Positional[Literal["data", "pairs", "report"]],
+         config: tyro.conf.OmitArgPrefixes[Config]):
+    """One step of the pipeline; see the top of real/people.py."""
+    STEPS[step](config)
 
 
 if __name__ == "__main__":
-    command_line(lambda: main(tyro.cli(Config)))
+    command_line(lambda: tyro.cli(main))

@@ -1,153 +1,174 @@
-"""The reward model of people's taste: baselines and measures by hand, and all of it on toy puns."""
+"""Real puns: the parts of the texts, the comparisons, the report by hand, and all of it on toys."""
 
+import dataclasses
 import json
-import math
-import random
+import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import CPU, close, tiny
 
-from common import InputError
+import reward_model
+from common import read_jsonl, write_jsonl
 from real import people
-from real.metrics import auc
-from real.semeval import Pun
+from real.duplicates import group_records
+from real.semeval import PROMPT, Pun
 
-
-def rated(name, text, ratings, is_pun=True):
-    return Pun(name, text, "homographic", is_pun, part="full", raters=(0, 1), ratings=ratings)
-
-
-def dough(name, text):
-    """A text, which is a pun on doe if it has the word dough."""
-    if "dough" not in text:
-        return Pun(name, text, "heterographic", False, part="full")
-    start = text.index("dough")
-    return Pun(name, text, "heterographic", True, "dough", "doe", "dough", (start, start + 5),
-               part="full")
-
-
-def test_the_linear_models_find_what_matters():
-    rng = random.Random(0)
-    words = "bread rose while bakers sang loudly about dough and flour".split()
-    texts = [" ".join(rng.sample(words, 6)) for _ in range(120)]
-    train = [dough(str(i), text) for i, text in enumerate(texts[:80])]
-    others = texts[80:] + ["a bigger cat", "a big cat"]     # words that no training text has
-    scores = people.baselines(train, others, {pun.id: float(pun.is_pun) for pun in train})
-    for name in ("linear, pun or not", "linear, ratings"):
-        score = dict(zip(others, scores[name].tolist(), strict=True))
-        assert auc([score[text] for text in texts[80:] if "dough" in text],
-                   [score[text] for text in texts[80:] if "dough" not in text]) > 0.95
-    assert scores["the longer one"].tolist() == [6.0] * 40 + [3.0] * 2
-    assert scores["more letters"][-2:].tolist() == [12.0, 9.0]
-    # Each text without its pun was two letters shorter.
-    assert scores["linear, minimal pairs"][-2] > scores["linear, minimal pairs"][-1]
-
-
-def test_rarity_by_hand():
-    """"the" stands in both puns, "sole" and "mate" in one, "soul" in none. A pun does not count for
-    its own text or for its minimal pair."""
-    rarity = people.rarity([
-        Pun("a", "The sole.", "heterographic", True, "sole", "soul", "sole", (4, 8)),
-        Pun("b", "the mate", "", True)])
-    assert rarity("the mate sole the") == pytest.approx(-math.log(3) - 2 * math.log(2))
-    assert rarity("cod") == 0
-    assert rarity("The sole.") == rarity("The soul.") == pytest.approx(-math.log(2))
-
-
-def test_standardized_ratings_by_hand():
-    """Rater 0 says 0, 2 (mean 1, deviation 1), rater 1 says 3, 4 (3.5, .5)."""
-    puns = [rated("a", "x", (0, 3)), rated("b", "y", (2, 4))]
-    assert people.standardized_ratings(puns) == pytest.approx({"a": -1, "b": 1})
-
-
-def test_measures_by_hand():
-    puns = [rated("a", "one two three", (2, 2)), rated("b", "one two", (1, 1)),
-            rated("c", "one two four five", (0, 0)), rated("d", "six two five", (0, 1), False)]
-    score = {"one two three": 3.0, "one two": 1.0, "one two four five": 2.0, "six two five": 0.0}
-    row = people.measures(puns, score, {"a": 3, "b": 2, "c": 0, "d": 1})
-    assert row["AUC, pun or not"] == 1
-    assert row["AUC, as many words"] == 1               # a above d, both of three words
-    # Margins: a b 1, a c 2, a d 1.5, b c 1, b d .5, d c .5; the wrong ones are b c and d c.
-    assert row["raters, margin 0.4"] == 4 / 6 and row["raters, margin 1.0"] == 3 / 4
-    assert row["raters, margin 1.0, two puns"] == 2 / 3
-    assert row["raters, margin 0.4, two puns within a word"] == 1   # b c are two words apart
-    # Ranks of the scores 4 2 3 1, of the ratings 4 3 1 2: 1 - 6 (0 + 1 + 4 + 1) / (4 * 15)
-    assert row["Spearman, mean rating"] == pytest.approx(0.4)
-    assert row["Spearman, standardized raters"] == pytest.approx(0.4)
-
-
-@pytest.mark.parametrize("related", [False, True])
-def test_what_length_explains_is_taken_out(related):
-    """Of scores and ratings that follow length alone, no correlation is left."""
-    rng = random.Random(0)
-    puns, score = [], {}
-    for i in range(150):
-        length = rng.randint(1, 30)
-        shared = rng.gauss(0, 3) if related else 0.0
-        puns.append(rated(str(i), f"{i} " + "w " * (length - 1),
-                          (length + shared + rng.gauss(0, 1),) * 2, i % 2 == 0))
-        score[puns[-1].text] = length + shared + rng.gauss(0, 1)
-    row = people.measures(puns, score, {pun.id: 0 for pun in puns})
-    assert row["Spearman, mean rating"] > 0.9
-    left = row["Spearman, mean rating, length fixed"]
-    assert left > 0.5 if related else abs(left) < 0.2
-    longest = {pun.text: float(people.n_words(pun)) for pun in puns}
-    row = people.measures(puns, longest, {pun.id: 0 for pun in puns})
-    assert row["Spearman, mean rating, length fixed"] == 0
-
-
-def test_ensemble_by_hand():
-    """Standardized, 1 2 3 is -1 0 1 and 20 10 30 is 0 -1 1; the first one counts three times."""
-    total = people.ensemble(torch.tensor([1.0, 2, 3]), torch.tensor([20.0, 10, 30]))
-    assert total.tolist() == pytest.approx([-3, -1, 4])
+RATERS = (0, 1, 3, 4, 10)
 
 
 def toy_puns():
-    """40 puns on knead (need) and 20 texts that are none, each with five ratings."""
+    """80 puns on knead (need) and 40 texts that are none; of both, every second one is rated.
+
+    Texts 2 and 3 are one joke told twice, and 4 is offensive to two of five raters."""
     puns = []
-    for i in range(60):
-        ratings = (i % 5, (i + 1) % 5, 1, 0, i % 3)
-        text = f"My cat number{i} thing{i} likes to knead dough{i}."
-        pun = Pun(f"het_{i}", text, "heterographic", True, "knead", "need", "knead",
-                  (text.index("knead"), text.index("knead") + 5))
-        if i >= 40:
-            text = f"My plain sentence{i} about thing{i} has no need of word{i}."
+    for i in range(120):
+        if i < 80:
+            text = f"My cat number{i} thing{i} likes to knead dough{i}."
+            start = text.index("knead")
+            pun = Pun(f"het_{i}", text, "heterographic", True, "knead", "need", "knead",
+                      (start, start + 5))
+        else:
+            text = f"My sentence{i} about thing{i} needs no word{i} today."
             pun = Pun(f"het_{i}", text, "heterographic", False)
-        puns.append(pun._replace(part="full", raters=(0, 1, 3, 4, 10), ratings=ratings))
+        if i % 2 == 0:
+            pun = pun._replace(part="full", raters=RATERS, offensive_rate=0.4 if i == 4 else 0.2,
+                               ratings=(i % 5, (i + 2) % 5, 1, 0, i % 3))
+        puns.append(pun)
+    puns[3] = puns[2]._replace(id="het_3", text=puns[2].text + " Again.", ratings=(), raters=())
     return puns
 
 
-def test_all_of_it(tmp_path, capsys, monkeypatch):
+def test_no_near_duplicate_is_in_two_parts_and_only_judged_texts_are_gold():
+    puns = toy_puns()
+    parts = people.parts_of(puns, seed=1)
+    part_of = {pun.id: part for part, texts in parts.items() for pun in texts}
+    assert len(part_of) == sum(map(len, parts.values())) == 120     # each text once
+    for rows in group_records(puns):
+        assert len({part_of[puns[i].id] for i in rows}) == 1
+    assert part_of["het_2"] == part_of["het_3"]
+    assert len(parts["test"]) in (18, 19) and len(parts["val"]) in (5, 6)
+    judged = {part: [pun for pun in texts if pun.ratings or not pun.is_pun]
+              for part, texts in parts.items()}
+    assert abs(len(judged["gold"]) - len(judged["train"])) <= 2     # a half each
+    assert len(parts["gold"]) - len(judged["gold"]) <= 1            # the twin of a rated one
+    assert people.parts_of(puns, seed=2) != parts
+
+
+def test_policies_learn_inoffensive_puns_by_their_word():
+    records = people.completions(toy_puns())
+    assert len(records) == 79
+    assert records[0] == {"prompt": 'A pun with the word "knead":',
+                          "completion": " My cat number0 thing0 likes to knead dough0."}
+
+
+def test_everyday_words_are_in_no_pun():
+    words = people.WORDS.read_text(encoding="utf-8").split()
+    assert len(words) == len(set(words)) >= 300
+    assert all(re.fullmatch("[a-z]+", word) for word in words)
+    pun = Pun("a", "The Angle, of course.", "homographic", True, "Angle")
+    not_pun = Pun("b", "An array.", "homographic", False)
+    assert set(words) - set(people.everyday_words([pun, not_pun])) == {"angle"}
+
+
+def test_comparisons_by_hand():
+    """One comparison of each source is possible here, apart from two detections."""
+    full = dict(part="full", raters=(0, 1), offensive_rate=0.0)
+    puns = [Pun("a", "Bakers knead dough.", "heterographic", True, "knead", "need", "knead",
+                (7, 12), ratings=(3, 4), **full),
+            Pun("b", "No pun today.", "heterographic", False, ratings=(1, 4), **full),
+            Pun("c", "Nor one here.", "heterographic", False)]
+    prompt = 'A pun with the word "knead":'
+    records = people.comparisons(puns, {prompt: " I knead you. "}, 1000, 0)
+    found = {(r["source"], r["prompt"], r["chosen"], r["rejected"], r["margin"], r["share"])
+             for r in records}
+    chosen = " Bakers knead dough."
+    assert found == {("rated", PROMPT, chosen, " No pun today.", 1.0, 0.75),
+                     ("detected", PROMPT, chosen, " No pun today.", 1.0, 1.0),
+                     ("detected", PROMPT, chosen, " Nor one here.", 1.0, 1.0),
+                     ("minimal", prompt, chosen, " Bakers need dough.", 1.0, 1.0),
+                     ("sampled", prompt, chosen, " I knead you.", 1.0, 1.0)}
+    assert sum(people.SOURCES.values()) == pytest.approx(1)
+
+
+def test_auc_by_hand():
+    """Of six pairs, 3 beats both, 1 ties one and loses one, 0 loses both."""
+    assert people.auc(torch.tensor([3.0, 1, 0]), torch.tensor([1.0, 2])) == pytest.approx(2.5 / 6)
+
+
+def test_overlap_by_hand():
+    """Weights: "the" is in both texts, log 3/2; "cat" and "dog" in one, log 3; "cow" counts as
+    much as a word of one text."""
+    overlap = people.overlap_with(["The cat.", "The dog."])
+    common, rare = torch.tensor(1.5).log().item(), torch.tensor(3.0).log().item()
+    assert overlap("the CAT") == pytest.approx(1)
+    assert overlap("the cow") == pytest.approx(common / (common + 2 * rare))
+    assert overlap("a cow") == 0
+
+
+def test_a_row_of_the_table_by_hand():
+    def row(word, text, gold):
+        return {"prompt": people.word_prompt(word), "text": text, "gold": gold, "score": gold + 1,
+                "kl": 2.0, "length": 3}
+
+    rows = [row("sole", " One Sole.", 3.0), row("sole", " A fish.", 1.0),
+            row("jam", " Jammed in.", 5.0), row("jam", " Jammed in.", 5.0)]
+    baseline = [row("sole", "", 2.0), row("sole", "", 1.0), row("jam", "", 0.0),
+                row("jam", "", 9.0)]
+    result = people.describe_policy(rows, baseline, people.overlap_with(["A fish."]))
+    # By prompt: (1 + .5) / 2 and (1 + 0) / 2; the interval is that of these two means.
+    assert result["win rate"] == 0.625 and result["win rate ±"] == pytest.approx(1.96 * 0.125)
+    assert result["gold"] == 3.5 and result["proxy"] == 4.5 and result["kl"] == 2
+    assert result["uses the word"] == 0.25              # "Jammed" is not "jam"
+    assert result["distinct"] == 0.75 and result["copied"] == 0.25 and result["words"] == 2
+    assert people.table("x", {"sft": {"a": 1.0, "a ±": 0.5, "b": 2.0}}) == (
+        "| x | a | b |\n| --- | --- | --- |\n| sft | 1.000 ± 0.500 | 2.000 |\n")
+
+
+def test_all_of_it(tmp_path, sft_ckpt, monkeypatch):
+    """data, pairs, two reward models, and the report, with a tiny model."""
     puns = toy_puns()
     monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=puns))
-    config = people.Config(out_dir=str(tmp_path), seeds=(1, 2), world_texts=50, copies=1,
-                           sft_steps=3, steps=3, comparisons=200, batch_size=8, n_embd=32,
-                           held_out=0.3, device="cpu")
-    people.main(config)
+    config = people.Config(out_dir=str(tmp_path), comparisons=100, samples=2, best_of=2, **CPU)
+    people.write_data(config)
+    data = tmp_path / "data"
+    texts = {part: {r["completion"].strip() for r in read_jsonl(data / f"{part}.jsonl")}
+             for part in ("train", "val", "test")}
+    prompts = {name: {r["prompt"] for r in read_jsonl(data / f"{name}_prompts.jsonl")}
+               for name in ("rl", "unseen", "trained")}
+    assert prompts["trained"] <= prompts["rl"] and not prompts["unseen"] & prompts["rl"]
+    for name in ("unseen", "trained"):                                  # a few are enough here
+        write_jsonl(data / f"{name}_prompts.jsonl", read_jsonl(data / f"{name}_prompts.jsonl")[:4])
+    for policy in ("sft", "ppo"):
+        (tmp_path / policy).mkdir()
+        shutil.copy(sft_ckpt, tmp_path / policy)
+
+    people.write_pairs(config)
+    gold = {r["chosen"].strip() for r in read_jsonl(data / "pairs_gold.jsonl")}
+    for part in texts:                      # the judge and the policies share no text
+        assert texts[part] and not texts[part] & gold
+    compared = {r["chosen"].strip() for r in read_jsonl(data / "pairs_train.jsonl")}
+    assert not compared & (gold | texts["val"] | texts["test"])
+
+    for name in ("reward_model", "gold"):
+        stage = tiny(reward_model, tmp_path / name, sft_ckpt, data=str(data / "pairs_train.jsonl"),
+                     val_data=str(data / "pairs_val.jsonl"))
+        reward_model.train(dataclasses.replace(stage, seed=len(name)))
+    row = {"step": 1, "prompt": people.word_prompt("sole"), "text": " A fish.", "kl": 1.5,
+           "score": 0.5}
+    write_jsonl(tmp_path / "ppo" / "samples.jsonl", [row, row | {"kl": 2.5}, row | {"step": 2}])
+    people.write_report(config)
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert set(report["tables"]) == {
-        "reward model", "linear, pun or not", "linear, ratings", "linear, minimal pairs",
-        "both, pun or not", "both, ratings", "both, minimal pairs", "the longer one",
-        "more letters"}
-    assert report["metrics"][0]["puns"] > 0 and 0 <= report["ece"] <= 1
-    assert "± " in (tmp_path / "report.md").read_text(encoding="utf-8")
-    for seed in ("1", "2"):
-        seen = {}
-        for part in ("train", "test"):
-            files = [tmp_path / seed / f"{name}_{part}.jsonl" for name in ("sft", "pairs")]
-            text = "".join(path.read_text(encoding="utf-8") for path in files)
-            seen[part] = {i for i in range(60) if f"thing{i} " in text}
-        assert not seen["train"] & seen["test"] and 36 <= len(seen["train"]) <= 48
-    ckpt = tmp_path / "1" / "sft" / "ckpt.pt"
-    before = ckpt.stat().st_mtime_ns
-    capsys.readouterr()
-    people.main(config)         # nothing is trained again
-    assert ckpt.stat().st_mtime_ns == before and "sft:" not in capsys.readouterr().out
-
-
-def test_without_minimal_pairs_it_says_so(monkeypatch):
-    puns = [pun._replace(alt_word="") for pun in toy_puns()]
-    monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=puns))
-    with pytest.raises(InputError, match="no heterographic pun whose other word is known"):
-        people.main(people.Config())
+    assert list(report["judges"]) == ["reward model (proxy)", "judge (gold)"]
+    for rows in report["policies"].values():
+        assert list(rows) == ["sft", "ppo", "best of 2"]
+        assert rows["ppo"]["kl"] == 0 and rows["ppo"]["gold"] == rows["sft"]["gold"]
+        assert rows["best of 2"]["proxy"] > rows["sft"]["proxy"]
+    assert [point[:2] for point in report["curves"]["ppo"]] == [[2.0, 0.5], [1.5, 0.5]]
+    close(*torch.tensor([point[2] for point in report["curves"]["ppo"]]))
+    assert "not picked" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    samples = read_jsonl(tmp_path / "report_samples.jsonl")
+    assert len(samples) == 2 * (4 * 2 + 4 * 2 + 4)
