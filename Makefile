@@ -5,6 +5,8 @@
 #                    with SIZE=gpu: that size's options, shorter and narrower
 # make gans          the GAN's other two estimators; python evaluate.py then has them in its table
 # make compare       gpt, palm and t5 with as many parameters, three seeds each: nine times make
+# make real          the same stages on a pretrained model and on puns that people wrote and
+#                    judged: real/Makefile
 # make notebooks     executes all notebooks in place; with TINY=1 in a minute, without changing them
 # make test          ruff and the whole test suite
 # make clean         removes runs/ and nothing else
@@ -62,7 +64,7 @@ ifdef TINY
   EVAL   += --samples 32 --best_of 2
 endif
 
-.PHONY: all gans compare notebooks test ruff clean
+.PHONY: all gans compare real notebooks test ruff clean
 all: $R/report.json
 
 $R/sft/ckpt.pt: | .venv/ready
@@ -105,6 +107,9 @@ compare: $(RUNS)
 .venv/ready-test: .venv/ready requirements-test.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
+
+real: .venv/ready
+	$(MAKE) -f real/Makefile
 
 notebooks: .venv/ready
 	TINY=$(TINY) $(PY) tests/run_notebooks.py

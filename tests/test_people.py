@@ -171,4 +171,4 @@ def test_all_of_it(tmp_path, sft_ckpt, monkeypatch):
     assert "not picked" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert (tmp_path / "report.png").stat().st_size > 1000
     samples = read_jsonl(tmp_path / "report_samples.jsonl")
-    assert len(samples) == 2 * (4 * 2 + 4 * 2 + 4)
+    assert len(samples) == 5 * (2 + 2 + 1)      # four unseen words and one trained word
