@@ -1,18 +1,21 @@
 """Real puns: the parts of the texts, the comparisons, the report by hand, and all of it on toys."""
 
-import dataclasses
+import importlib
 import json
 import re
-import shutil
+import shlex
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, close, tiny
+import tyro
+from conftest import close, off
 
-import reward_model
 from common import read_jsonl, write_jsonl
-from real import people
+from model import RewardModel, load_model
+from real import people, pretrained
 from real.duplicates import group_records
 from real.semeval import PROMPT, Pun
 
@@ -127,48 +130,77 @@ def test_a_row_of_the_table_by_hand():
         "| x | a | b |\n| --- | --- | --- |\n| sft | 1.000 ± 0.500 | 2.000 |\n")
 
 
-def test_all_of_it(tmp_path, sft_ckpt, monkeypatch):
-    """data, pairs, two reward models, and the report, with a tiny model."""
-    puns = toy_puns()
-    monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=puns))
-    config = people.Config(out_dir=str(tmp_path), comparisons=100, samples=2, best_of=2, **CPU)
-    people.write_data(config)
-    data = tmp_path / "data"
+# One step of each stage is enough to see that they fit together.
+TINY = {"sft.py": "--max_steps 1",
+        "reward_model.py": "--max_steps 1 --batch_size 4",
+        "discriminator.py": "--max_steps 1 --batch_size 4",
+        "dpo.py": "--max_steps 1 --batch_size 4",
+        "ppo.py": "--max_steps 1 --batch_size 4 --minibatch_size 2 --max_new_tokens 6",
+        "gan.py": "--max_steps 1 --batch_size 4 --minibatch_size 2 --max_new_tokens 6 "
+                  "--d_batch_size 2",
+        "real.people": "--comparisons 100 --samples 2 --best_of 2"}
+
+
+def run_line(line):
+    """Runs a line of the Makefile in this process, with the options of TINY after its own."""
+    _, name, *args = shlex.split(line.replace(" -m ", " "))
+    module = importlib.import_module(name.removesuffix(".py"))
+    if name == "real.pretrained":
+        return module.convert(*args)
+    args += TINY[name].split() + ["--device", "cpu"]
+    if name == "real.people":
+        return tyro.cli(module.main, args=args)
+    return module.train(tyro.cli(module.Config, args=args))
+
+
+def test_make_real(tmp_path, sft_ckpt, monkeypatch):
+    """All lines of real/Makefile, from published weights to the report, on toy puns."""
+    monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=toy_puns()))
+    pretrained.export(sft_ckpt, str(tmp_path / "init"))
+    folder, root = tmp_path / "real", Path(people.__file__).parents[1]
+    lines = subprocess.run(
+        ["make", "-n", "-f", "real/Makefile", f"R={folder}", f"INIT={tmp_path / 'init'}",
+         f"SEMEVAL={tmp_path}", f"EXPUN={tmp_path}", "-o", ".venv/ready", "-o",
+         ".venv/ready-real", "real"], cwd=root, capture_output=True, text=True, check=True).stdout
+    *lines, report_line = lines.replace("\\\n", " ").splitlines()
+    assert len(lines) == 11
+    for line in lines:
+        run_line(line)
+
+    data = folder / "data"
     texts = {part: {r["completion"].strip() for r in read_jsonl(data / f"{part}.jsonl")}
              for part in ("train", "val", "test")}
-    prompts = {name: {r["prompt"] for r in read_jsonl(data / f"{name}_prompts.jsonl")}
-               for name in ("rl", "unseen", "trained")}
-    assert prompts["trained"] <= prompts["rl"] and not prompts["unseen"] & prompts["rl"]
-    for name in ("unseen", "trained"):                                  # a few are enough here
-        write_jsonl(data / f"{name}_prompts.jsonl", read_jsonl(data / f"{name}_prompts.jsonl")[:4])
-    for policy in ("sft", "ppo"):
-        (tmp_path / policy).mkdir()
-        shutil.copy(sft_ckpt, tmp_path / policy)
-
-    people.write_pairs(config)
     gold = {r["chosen"].strip() for r in read_jsonl(data / "pairs_gold.jsonl")}
     for part in texts:                      # the judge and the policies share no text
         assert texts[part] and not texts[part] & gold
     compared = {r["chosen"].strip() for r in read_jsonl(data / "pairs_train.jsonl")}
     assert not compared & (gold | texts["val"] | texts["test"])
+    prompts = {name: {r["prompt"] for r in read_jsonl(data / f"{name}_prompts.jsonl")}
+               for name in ("rl", "unseen", "trained")}
+    assert prompts["trained"] <= prompts["rl"] and not prompts["unseen"] & prompts["rl"]
 
-    for name in ("reward_model", "gold"):
-        stage = tiny(reward_model, tmp_path / name, sft_ckpt, data=str(data / "pairs_train.jsonl"),
-                     val_data=str(data / "pairs_val.jsonl"))
-        reward_model.train(dataclasses.replace(stage, seed=len(name)))
-    row = {"step": 1, "prompt": people.word_prompt("sole"), "text": " A fish.", "kl": 1.5,
-           "score": 0.5}
-    write_jsonl(tmp_path / "ppo" / "samples.jsonl", [row, row | {"kl": 2.5}, row | {"step": 2}])
-    people.write_report(config)
-    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    for name in ("unseen", "trained"):                                  # a few are enough here
+        path = data / f"{name}_prompts.jsonl"
+        write_jsonl(path, read_jsonl(path)[:4])
+    run_line(report_line)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert list(report["judges"]) == ["reward model (proxy)", "judge (gold)"]
     for rows in report["policies"].values():
-        assert list(rows) == ["sft", "ppo", "best of 2"]
-        assert rows["ppo"]["kl"] == 0 and rows["ppo"]["gold"] == rows["sft"]["gold"]
+        assert list(rows) == ["sft", "dpo", "gan", "ppo", "ppo_weak_kl", "best of 2"]
+        assert rows["sft"]["kl"] == 0
         assert rows["best of 2"]["proxy"] > rows["sft"]["proxy"]
-    assert [point[:2] for point in report["curves"]["ppo"]] == [[2.0, 0.5], [1.5, 0.5]]
-    close(*torch.tensor([point[2] for point in report["curves"]["ppo"]]))
-    assert "not picked" in (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert (tmp_path / "report.png").stat().st_size > 1000
-    samples = read_jsonl(tmp_path / "report_samples.jsonl")
-    assert len(samples) == 5 * (2 + 2 + 1)      # four unseen words and one trained word
+    assert "not picked" in (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "report.png").stat().st_size > 1000
+    samples = read_jsonl(folder / "report_samples.jsonl")
+    assert len(samples) == 5 * (5 * 2 + 1)          # four unseen words and one trained word
+
+
+def test_the_gold_curve_by_hand(tmp_path, sft_ckpt):
+    """A curve has a point for each step whose samples were kept: means of kl, score, and gold."""
+    row = {"step": 1, "prompt": people.word_prompt("sole"), "text": " A fish.", "kl": 1.5,
+           "score": 0.5}
+    write_jsonl(tmp_path / "samples.jsonl", [row, row | {"kl": 2.5}, row | {"step": 2}])
+    gold = RewardModel(load_model(sft_ckpt)).eval()
+    points = people.training_curve(tmp_path / "samples.jsonl", (None, None, gold), off)
+    assert [point[:2] for point in points] == [(2.0, 0.5), (1.5, 0.5)]
+    close(*torch.tensor([point[2] for point in points]))
