@@ -12,32 +12,28 @@ import re
 import zlib
 
 from common import progress_bar
-from real.semeval import Pun
 
-TEXTS = ("prompt", "completion", "chosen", "rejected")      # fields that hold a text
+ANSWERS = ("completion", "chosen", "rejected")      # the fields of a record that hold an answer
 MOST_COMPARED = 20_000      # of more records, only equal texts are found
+
+
+def answers_of(record):
+    return [record[name] for name in ANSWERS if name in record] + record.get("ranked", [])
+
+
+def texts_of(record):
+    """The texts by which a record is compared: prompt with answer, and a long prompt by itself."""
+    if hasattr(record, "text"):         # a Pun
+        return [record.text]
+    texts = [record["prompt"] + answer for answer in answers_of(record)]
+    if len(record["prompt"].split()) >= 8 or not texts:
+        texts.append(record["prompt"])
+    return texts
 
 
 def words_of(text):
     """The set of the words of a text, in lower case and without punctuation."""
     return set(re.findall(r"[^\W_]+", text.lower().replace("'", "")))
-
-
-class Groups:
-    """Union-find: numbers that are joined share their smallest as the root."""
-
-    def __init__(self, n):
-        self.parent = list(range(n))
-
-    def root(self, i):
-        while self.parent[i] != i:
-            self.parent[i] = self.parent[self.parent[i]]
-            i = self.parent[i]
-        return i
-
-    def join(self, i, j):
-        a, b = self.root(i), self.root(j)
-        self.parent[max(a, b)] = min(a, b)
 
 
 def group(texts_of_records, threshold=0.45, rarest=16):
@@ -52,11 +48,20 @@ def group(texts_of_records, threshold=0.45, rarest=16):
     two near-duplicates must share a word before the rest is too light to reach the threshold. At
     most `rarest` words of a text are looked up, which is exact for texts of up to about 30 words,
     and a good approximation beyond."""
-    groups = Groups(len(texts_of_records))
+    number = list(range(len(texts_of_records)))
+    members = {i: [i] for i in number}
+
+    def join(i, j):
+        a, b = sorted((number[i], number[j]))
+        if a != b:
+            for k in members[b]:
+                number[k] = a
+            members[a] += members.pop(b)
+
     owner_of = {}           # text -> the first record that has it
     for i, texts in enumerate(texts_of_records):
-        for text in set(texts):
-            groups.join(i, owner_of.setdefault(text, i))
+        for text in texts:
+            join(i, owner_of.setdefault(text, i))
     owner = list(owner_of.values())
     sets = [words_of(text) for text in owner_of]
     count = collections.Counter(itertools.chain.from_iterable(sets))
@@ -66,35 +71,18 @@ def group(texts_of_records, threshold=0.45, rarest=16):
     texts_with = collections.defaultdict(list)      # word -> earlier texts with it in their prefix
     for k, words in enumerate(progress_bar(sets, "near-copies", len(sets), at_least=5000)):
         prefix, rest = [], total[k]
-        for word in sorted(words, key=lambda word: (count[word], word)):
-            if rest < threshold * total[k] - 1e-9 or len(prefix) == rarest:
+        for word in sorted(words, key=lambda word: (count[word], word))[:rarest]:
+            if rest < threshold * total[k] - 1e-9:
                 break
             prefix.append(word)
             rest -= weight[word]
         for j in {j for word in prefix for j in texts_with[word]}:
-            smaller, larger = sorted((total[k], total[j]))
-            if smaller < threshold * larger - 1e-9:
-                continue
-            if groups.root(owner[j]) == groups.root(owner[k]):
-                continue
             shared = sum(weight[word] for word in words & sets[j])
             if shared >= threshold * (total[k] + total[j] - shared) - 1e-9:
-                groups.join(owner[j], owner[k])
+                join(owner[j], owner[k])
         for word in prefix:
             texts_with[word].append(k)
-    return [groups.root(i) for i in range(len(texts_of_records))]
-
-
-def texts_of(record):
-    """The texts by which a record is compared: prompt with answer, and a long prompt by itself."""
-    if isinstance(record, Pun):
-        return [record.text]
-    prompt = record["prompt"]
-    answers = [record[name] for name in TEXTS[1:] if name in record] + record.get("ranked", [])
-    texts = [prompt + answer for answer in answers]
-    if len(prompt.split()) >= 8 or not answers:
-        texts.append(prompt)
-    return texts
+    return number
 
 
 def group_records(records):
@@ -115,8 +103,8 @@ def split(records, test_fraction=0.1, seed=0, groups=None):
     """(train, test): about test_fraction of the records in test, and only whole groups.
 
     groups: of group_records(records), if they are there already. The groups with the smallest
-    checksums go to test, so the split is fixed, and records that are added hardly move it. If no
-    group is small enough, the smallest one goes; if there is one group only, test is empty."""
+    checksums go to test, so the split is fixed, and records that are added hardly move it. If none
+    is small enough, the smallest one goes; if there is one group only, test is empty."""
     groups = groups or group_records(records)
     size = test_fraction * len(records)
 
@@ -125,10 +113,9 @@ def split(records, test_fraction=0.1, seed=0, groups=None):
                    for i in rows for text in texts_of(records[i]))
 
     test = set()
-    for rows in sorted((rows for rows in groups if len(rows) <= size), key=checksum):
-        if len(test) + len(rows) / 2 >= size:
-            break
-        test.update(rows)
+    for rows in sorted(groups, key=checksum):
+        if len(test) + len(rows) <= size:
+            test.update(rows)
     if not test and len(groups) > 1 and size > 0:
         test.update(min(groups, key=lambda rows: (len(rows), checksum(rows))))
     return ([record for i, record in enumerate(records) if i not in test],

@@ -1,8 +1,8 @@
 """
 Puns that people wrote and rated: SemEval-2017 task 7 and ExPUNations, and what to train on them.
 
-    load_semeval, load_expun   their files -> Pun records; people call them through corpora.load()
-    completion(pun)            prompt and pun, for supervised fine-tuning
+    load_semeval, load_expun   their files -> Puns; people call them through corpora.load()
+    records_of(puns, shape)    Puns -> the records that stages read
     preferences(puns)          comparisons for the reward model, from three sources:
       rated_pairs(puns)        two texts that the same people rated, the funnier one first
       detection_pairs(puns)    a pun, and a text of its kind and length that is not a pun
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from common import InputError
 from puns import pluralize
-from real.reading import Sieve, check_fields, read_array, read_lines
+from real.reading import check_fields, read_array, read_lines, read_text
 
 PROMPT = "A pun:"       # of a text that comes without a prompt
 
@@ -40,10 +40,7 @@ class Pun(NamedTuple):
     raters: tuple = ()          # their numbers, sorted
     ratings: tuple = ()         # funniness by rater, 0 to 5; 0 is "not a joke", which also stands
     #                             for "not understood" and "offensive"
-    is_joke_rate: float | None = None       # fraction of the raters; the pilot did not ask
-    offensive_rate: float | None = None
-    keywords: tuple = ()        # that two or more raters named
-    explanations: tuple = ()
+    n_offensive: int = 0        # raters who called it offensive
 
     @property
     def funniness(self):
@@ -53,56 +50,49 @@ class Pun(NamedTuple):
 # -----------------------------------------------------------------------------
 # SemEval's files
 
-def load_semeval(path, sieve):
-    """Yields a Pun for each text of SemEval-2017 task 7.
+def load_semeval(path):
+    """(Puns, {reason: places} of the texts that were dropped) of SemEval-2017 task 7.
 
     path: the folder of its XML and gold files, a folder above it, or one of the files. Where test
     and trial data are both there, only the test data count. Raises InputError with file and line
     if a file is damaged."""
-    for xml_file in semeval_files(Path(path)):
-        kind = xml_file.name.split("-")[1]
-        gold = [gold_of_subtask(xml_file, subtask) for subtask in (1, 2, 3)]
-        for text_id, words in parse_xml(xml_file).items():
-            where = f"{xml_file} ({text_id})"
-            pun = pun_of(where, text_id, kind, words, *gold)
-            if pun.is_pun and not pun.pun_word:
-                sieve.drop(where, "a pun without a known pun word")
-            elif sieve.keep(where, PROMPT, pun.text):
-                yield pun
-
-
-def semeval_files(path):
-    """The XML files of subtask 1, which have all texts."""
+    path = Path(path)
     folder = path if path.is_dir() else path.parent
-    found = sorted(folder.rglob("subtask1-*graphic-*.xml"))
-    tests = [file for file in found if file.name.endswith("-test.xml")]
-    found = tests or found
-    if not found:
+    files = sorted(folder.rglob("subtask1-*graphic-*.xml"))
+    files = [file for file in files if file.name.endswith("-test.xml")] or files
+    if not files:
         raise InputError(f"{path}: there is no subtask1-homographic-test.xml and no "
                          "subtask1-heterographic-test.xml in this folder")
-    if len({file.name for file in found}) < len(found):
-        raise InputError(f"{path}: there is more than one {found[0].name} below this folder: "
+    if len({file.name for file in files}) < len(files):
+        raise InputError(f"{path}: there is more than one {files[0].name} below this folder: "
                          "name the folder of one of them")
-    return found
+    puns, dropped = [], collections.defaultdict(list)
+    for file in files:
+        gold = [read_gold(file, subtask) for subtask in (1, 2, 3)]
+        for text_id, words in read_xml(file).items():
+            where = f"{file} ({text_id})"
+            pun = make_pun(where, text_id, file.name.split("-")[1], words, *gold)
+            if pun.is_pun and not pun.pun_word:
+                dropped["a pun without a known pun word"].append(where)
+            else:
+                puns.append(pun)
+    return puns, dropped
 
 
-def parse_xml(path):
-    """{text id: [(word id, word), ...]}"""
+def read_xml(path):
+    """{text id: {word id: word}}"""
     try:
-        root = xml.etree.ElementTree.parse(path).getroot()
+        root = xml.etree.ElementTree.fromstring(read_text(path))
     except xml.etree.ElementTree.ParseError as error:
         raise InputError(f"{path}:{error.position[0]}: this is not XML: {error}") from None
-    except (OSError, ValueError, LookupError) as error:
-        raise InputError(f"{path}:1: cannot be read: {error}") from None
-    return {text.get("id"): [(word.get("id"), word.text or "") for word in text.iter("word")]
+    return {text.get("id"): {word.get("id"): word.text or "" for word in text.iter("word")}
             for text in root.iter("text")}
 
 
-GOLD_EXAMPLES = {1: "hom_1 1", 2: "hom_1 hom_1_7",
-                 3: "hom_1_7 bank%1:14:00:: bank%1:17:01::"}
+GOLD_LINES = {1: "hom_1 1", 2: "hom_1 hom_1_7", 3: "hom_1_7 bank%1:14:00:: bank%1:17:01::"}
 
 
-def gold_of_subtask(xml_file, subtask):
+def read_gold(xml_file, subtask):
     """{first field: the other fields} of the gold file of a subtask.
 
     Subtask 1: is a text a pun? 2: which word of it? 3: the two senses of that word."""
@@ -110,32 +100,26 @@ def gold_of_subtask(xml_file, subtask):
     gold = {}
     for where, line in read_lines(xml_file.with_name(name)):
         fields = line.split()
-        good = len(fields) == len(GOLD_EXAMPLES[subtask].split())
-        if subtask == 3:
-            keys = ";".join(fields[1:]).split(";")
-            good = good and all("%" in key for key in keys)
-        if not good:
+        if (len(fields) != len(GOLD_LINES[subtask].split())
+                or subtask == 3 and not all("%" in sense for sense in fields[1:])):
             raise InputError(f"{where}: this is not a gold line of subtask {subtask}, "
-                             f"such as {GOLD_EXAMPLES[subtask]}")
+                             f"such as {GOLD_LINES[subtask]}")
         gold[fields[0]] = fields[1:]
     return gold
 
 
-def pun_of(where, text_id, kind, words, is_pun, pun_words, senses):
+def make_pun(where, text_id, kind, words, is_pun, pun_words, senses):
     """The record of one text, from its words and the gold of the three subtasks."""
-    verdict = is_pun.get(text_id, ["missing"])[0]
-    if verdict not in ("0", "1"):
+    if is_pun.get(text_id) not in (["0"], ["1"]):
         raise InputError(f"{where}: the gold file of subtask 1 has no line with 0 or 1 for it")
-    text, spans = detokenize([word for _, word in words])
-    pun = Pun(text_id, text, kind, verdict == "1")
+    pun = Pun(text_id, detokenize(words.values()), kind, is_pun[text_id] == ["1"])
     if not pun.is_pun or text_id not in pun_words:
         return pun
     word_id = pun_words[text_id][0]
-    word_ids = [each for each, _ in words]
-    if word_id not in word_ids:
+    if word_id not in words:
         raise InputError(f"{where}: {word_id}, its pun word in subtask 2, is not a word of it")
-    start, end = spans[word_ids.index(word_id)]
-    pun = pun._replace(span=(start, end), pun_word=text[start:end])
+    start, end = span_of(pun.text, list(words.values()), list(words).index(word_id))
+    pun = pun._replace(span=(start, end), pun_word=pun.text[start:end])
     if word_id in senses:
         pun_lemma, alt_word = lemmas(pun.pun_word, *senses[word_id])
         pun = pun._replace(pun_lemma=pun_lemma, alt_word=alt_word)
@@ -148,106 +132,61 @@ def lemmas(pun_word, first, second):
     A sense is like `knead%2:35:00::`, or several with `;` between them. The pun word's own sense
     nearly always comes first, but not if only the second one has the word itself as a lemma. Of
     several alternatives, a single word is preferred to a phrase: it will replace one word."""
-    own = sense_lemmas(first)
-    other = sense_lemmas(second)
+    own, other = ([key.split("%")[0].replace("_", " ") for key in senses.split(";")]
+                  for senses in (first, second))
     word = pun_word.lower()
     is_phrase_of_other = own[0].startswith(other[0] + " ")      # chill out, chill
     if is_phrase_of_other or (word in other and word not in own):
         own, other = other, own
     alternatives = [lemma for lemma in other if lemma != own[0]]
-    single_words = [lemma for lemma in alternatives if " " not in lemma]
-    return own[0], (single_words + alternatives + [""])[0]
-
-
-def sense_lemmas(senses):
-    return [key.split("%")[0].replace("_", " ") for key in senses.split(";")]
+    alternatives.sort(key=lambda lemma: " " in lemma)           # single words first
+    return own[0], (alternatives + [""])[0]
 
 # -----------------------------------------------------------------------------
-# SemEval's tokens
+# SemEval's tokens: `isn't` is isn ' t there, a double quote is ' ', hyphens and dots are tokens
 
-CONTRACTIONS = {"t", "s", "m", "re", "ve", "d", "ll", "all", "er"}      # isn ' t
-ELISIONS = {"em", "im", "til", "till", "tis", "twas", "n", "cause"}     # get ' em
-AFTER_DASH = {"i", "he", "she", "they", "we", "you", "there", "just"}   # no hyphen before these
 PLAIN = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "--", "—": "--",
                        "…": "...", "\xa0": " "})
-NO_SPACE_BEFORE = {".", ",", "?", "!", ":", ";", ")", "]", "%", "...", ">"}
-NO_SPACE_AFTER = {"(", "[", "$", "#", "<"}
+
+# What makes a text of the tokens, which start out with a space around each; in this order.
+RULES = [(re.compile(pattern, re.IGNORECASE), new) for pattern, new in (
+    (r" ' '(?= )", ' "'),
+    (r" - -(?= )", " --"),
+    (r"(\w) ' (t|s|m|re|ve|d|ll|all|er)(?= )", r"\1'\2"),           # isn't
+    (r" ([od]) ' (\w)", r" \1'\2"),                                 # O'Brien
+    (r" ' (em|im|til|till|tis|twas|n|cause)(?= (?!'))", r" '\1"),   # get 'em
+    (r' " (.*?) "(?= )', r' "\1"'),
+    (r" ' (.*?) '(?= )", r" '\1'"),
+    (r"(\w) '(?= )", r"\1'"),                                       # the boys' room
+    (r" ([\"']) $", r"\1"),                                         # what closes no quotation
+    (r"(\w) ([-/]) (?!(?:i|he|she|they|we|you|there|just)\b)(?=\w)", r"\1\2"),      # Wal-Mart
+    (r"(\d) ([.,:]) (?=\d)", r"\1\2"),                              # 1,000
+    (r"( [^\W\d]) ?\. (?=[^\W\d] )", r"\1."),                       # U.S.
+    (r" (\.\.\.|[.,?!:;)\]%>])", r"\1"),
+    (r"([(\[$#<]) ", r"\1"))]
 
 
 def detokenize(tokens):
-    """The text that SemEval's tokens make, and the [(start, end), ...] of each token in it.
-
-    `isn't` is isn ' t there, a double quote is ' ', and hyphens and dots are tokens, so the
-    neighbors have to say where the spaces go. Letters and digits are never changed."""
+    """The text that SemEval's tokens make. Letters and digits are never changed."""
     words = [token.translate(PLAIN).strip() for token in tokens]
-    text, spans = "", []
-    needs_space = False
-    open_quotes = set()
-    i = 0
-    while i < len(words):
-        word, size = words[i], 1
-        if word in ("'", "-") and words[i + 1:i + 2] == [word]:
-            word, size = ('"' if word == "'" else "--"), 2
-        before = words[i - 1] if i > 0 else ""
-        after = words[i + size] if i + size < len(words) else ""
-        if word in ("'", '"'):
-            left, right = quote_sides(words, i, word, before, after, open_quotes)
-        else:
-            left, right = mark_sides(word, before, after)
-        if needs_space and word and not left:
-            text += " "
-        spans += [(len(text), len(text) + len(word))] * size
-        text += word
-        needs_space = not right
-        i += size
-    return text, spans
+    text = f" {' '.join(word for word in words if word)} "
+    for pattern, new in RULES:
+        text = pattern.sub(new, text)
+    return text.strip()
 
 
-def quote_sides(words, i, word, before, after, open_quotes):
-    """(left, right): does the apostrophe or quote, words[i], touch the word on that side?
-
-    open_quotes: the quotes that are open; updated."""
-    touches_left = before[-1:].isalnum()
-    touches_right = after[:1].isalnum()
-    if word == "'" and touches_left and touches_right:
-        if after.lower() in CONTRACTIONS or before.lower() in ("o", "d"):
-            return True, True                           # isn't, O'Brien
-    if word in open_quotes or not after:
-        open_quotes.discard(word)
-        return True, False                              # the closing quote
-    if word == "'" and after.lower() in ELISIONS and words[i + 2:i + 3] != ["'"]:
-        return False, True                              # get 'em
-    if word == "'" and touches_left and not closes_later(words, i):
-        return True, False                              # the boys' room
-    open_quotes.add(word)
-    return False, True                                  # the opening quote
-
-
-def closes_later(words, i):
-    """True if a later apostrophe can close the quotation that the one at i would open."""
-    for j in range(i + 2, len(words)):
-        before, after = words[j - 1], "".join(words[j + 1:j + 2])
-        if words[j] == "'" and "'" not in (before, after) and after.lower() not in CONTRACTIONS:
-            return True
-    return False
-
-
-def mark_sides(word, before, after):
-    """(left, right): does any other word or mark touch the word on that side?"""
-    if word in ("-", "/"):
-        joins = before[-1:].isalnum() and after[:1].isalnum() and after.lower() not in AFTER_DASH
-        return joins, joins                             # Wal-Mart
-    if word in (".", ",", ":"):
-        between_digits = before[-1:].isdigit() and after[:1].isdigit()          # 1,000
-        initials = len(before) == len(after) == 1 and (before + after).isalpha()
-        return True, between_digits or (word == "." and initials)               # U.S.
-    return word in NO_SPACE_BEFORE, word in NO_SPACE_AFTER
+def span_of(text, tokens, i):
+    """(start, end) of token i in the text that they make, found by counting letters and digits."""
+    places = [place for place, char in enumerate(text) if char.isalnum()]
+    n_before, n = (sum(char.isalnum() for char in part)
+                   for part in ("".join(tokens[:i]), tokens[i]))
+    return places[n_before], places[n_before + n - 1] + 1
 
 # -----------------------------------------------------------------------------
 # ExPUNations' files
 
-def load_expun(path, sieve, semeval=""):
-    """Yields the Puns of SemEval that ExPUNations rated, with their ratings.
+def load_expun(path, semeval=""):
+    """(Puns of SemEval that ExPUNations rated, {reason: places} of the texts that were dropped).
 
     path: expunations_annotated_full.json, its pilot, or a folder that holds the former.
     semeval: the folder of SemEval's files, which have the texts; "" is a folder semeval* beside
@@ -259,108 +198,73 @@ def load_expun(path, sieve, semeval=""):
             raise InputError(f"{path}: {len(found)} files expunations_annotated_full.json are in "
                              "this folder: name the one to read")
         path = found[0]
-    folder = Path(semeval) if semeval else semeval_near(path)
-    if folder is None or not folder.exists():
+    near = [place for folder in path.absolute().parents[:3]
+            for place in sorted(folder.glob("semeval*")) if place.is_dir()]
+    if not semeval and not near:
         raise InputError(f"{path}: it has no texts. They are SemEval's: name their folder with "
                          "--semeval, or get them with python -m real.fetch semeval")
-    puns = {pun.id: pun for pun in load_semeval(folder, Sieve())}
+    texts = {pun.id: pun for pun in load_semeval(semeval or near[0])[0]}
+    puns, dropped = [], collections.defaultdict(list)
     for where, row in read_array(path):
-        text_id = check_fields(where, row, {"ID": str})["ID"]
-        where = f"{where} ({text_id})"
-        ratings = ratings_of(where, row)
-        if text_id in puns:
-            yield puns[text_id]._replace(**ratings)
+        try:
+            text_id, ratings = ratings_of(row)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if text_id in texts:
+            puns.append(texts[text_id]._replace(**ratings))
         else:
-            sieve.drop(where, "its text is not in SemEval's files")
+            dropped["its text is not in SemEval's files"].append(f"{where} ({text_id})")
+    return puns, dropped
 
 
-def semeval_near(path):
-    """A folder semeval* beside the path or up to two levels above it, or None."""
-    for folder in path.absolute().parents[:3]:
-        for place in sorted(folder.glob("semeval*")):
-            if place.is_dir():
-                return place
-    return None
-
-
-def ratings_of(where, row):
-    """What the raters said about one text, as fields of Pun."""
-    is_pilot = "Is a Joke?" not in row
-    columns = ["Annotator_IDs", "Funniness (1-5)", "Offensive/Inappropriate?", "Joke keywords",
-               "Natural language explanation"]
-    if not is_pilot:
-        columns.append("Is a Joke?")
-    check_fields(where, row, {name: list for name in columns})
-    raters = row["Annotator_IDs"]
-    for name in columns:
-        if not raters or len(row[name]) != len(raters):
-            raise InputError(f"{where}: '{name}' has {len(row[name])} entries for "
-                             f"{len(raters)} raters")
-    for rating in row["Funniness (1-5)"]:
-        if type(rating) is not int or not 0 <= rating <= 5:
-            raise InputError(f"{where}: a funniness must be a whole number from 0 to 5")
-    for rater in raters:
-        if type(rater) is not int:
-            raise InputError(f"{where}: a rater must be a whole number")
-    by_rater = sorted(zip(raters, row["Funniness (1-5)"], strict=True))
-    offensive = [str(vote) for vote in row["Offensive/Inappropriate?"]]
-    offensive = [vote for vote in offensive if vote in ("0", "1")]          # "" is no answer
-    explanations = [str(text).strip() for text in row["Natural language explanation"]]
-    return dict(
-        part="pilot" if is_pilot else "full",
+def ratings_of(row):
+    """(id, what the raters said about the text, as fields of Pun) of a record of ExPUNations."""
+    columns = ("Annotator_IDs", "Funniness (1-5)", "Offensive/Inappropriate?")
+    check_fields(row, {"ID": str} | {name: list for name in columns})
+    raters, ratings, offensive = (row[name] for name in columns)
+    if not raters or not len(raters) == len(ratings) == len(offensive):
+        raise InputError("'Annotator_IDs', 'Funniness (1-5)' and 'Offensive/Inappropriate?' must "
+                         "have an entry for each rater")
+    if not all(type(rating) is int and 0 <= rating <= 5 for rating in ratings):
+        raise InputError("a funniness must be a whole number from 0 to 5")
+    if not all(type(rater) is int for rater in raters):
+        raise InputError("a rater must be a whole number")
+    by_rater = sorted(zip(raters, ratings, strict=True))
+    return row["ID"], dict(
+        part="full" if "Is a Joke?" in row else "pilot",
         raters=tuple(rater for rater, _ in by_rater),
         ratings=tuple(rating for _, rating in by_rater),
-        is_joke_rate=None if is_pilot else row["Is a Joke?"].count(1) / len(raters),
-        offensive_rate=offensive.count("1") / max(len(offensive), 1),
-        keywords=tuple(shared_keywords(row["Joke keywords"])),
-        explanations=tuple(text for text in explanations if text))
-
-
-def shared_keywords(keywords_of_raters):
-    """The keywords that two or more raters named, in lower case."""
-    count = collections.Counter()
-    for keywords in keywords_of_raters:
-        if isinstance(keywords, str):       # in the pilot sometimes a plain word
-            keywords = [keywords]
-        different = {str(keyword).strip().lower() for keyword in keywords}
-        count.update(sorted(different - {""}))
-    return [keyword for keyword, n in count.items() if n > 1]
+        n_offensive=sum(str(vote) == "1" for vote in offensive))        # "1" in the pilot
 
 # -----------------------------------------------------------------------------
 # what to train on them
 
-def records_of(puns, shape, n_pairs=20_000, seed=0):
-    """The puns as records of a shape, and those left out: (records, {reason: [ids]}).
-
-    completion and prompt: puns with prompts made of their words. rating: rated texts.
-    preference: see preferences()."""
-    if shape == "preference":
-        return preferences(puns, n_pairs, seed), {}
-    if shape == "ranking":
-        raise InputError("puns are not ranked: use --as completion, preference, rating or prompt")
-    reason = "nobody rated it" if shape == "rating" else "it is not a pun"
-    records, left_out = [], collections.defaultdict(list)
-    for pun in puns:
-        usable = pun.ratings if shape == "rating" else pun.is_pun
-        if not usable:
-            left_out[reason].append(pun.id)
-            continue
-        record = {"id": pun.id} | completion(pun)
-        if shape == "rating":
-            record |= {"prompt": PROMPT, "rating": pun.funniness}
-        elif shape == "prompt":
-            del record["completion"]
-        records.append(record)
-    return records, left_out
+def prompt_for(word):
+    return f'A pun with the word "{word}":'
 
 
 def completion(pun):
-    """Asks for this pun by its words: `A pun on knead (need):`, or `A pun on interest:` where only
-    the pun word is known."""
-    prompt = f"A pun on {pun.pun_word} ({pun.alt_word}):"
-    if not pun.alt_word:
-        prompt = f"A pun on {pun.pun_word}:"
-    return {"prompt": prompt, "completion": " " + pun.text}
+    return {"prompt": prompt_for(pun.pun_word), "completion": " " + pun.text}
+
+
+def records_of(puns, shape, n_pairs=20_000, seed=0):
+    """(records of a shape, {reason: ids} of the puns that were left out).
+
+    completion and prompt: puns, asked for by their word. rating: rated texts.
+    preference: see preferences()."""
+    if shape == "preference":
+        return preferences(puns, n_pairs, seed), {}
+    if shape == "rating":
+        records = [{"id": pun.id, "prompt": PROMPT, "completion": " " + pun.text,
+                    "rating": pun.funniness} for pun in puns if pun.ratings]
+        return records, {"nobody rated it": [pun.id for pun in puns if not pun.ratings]}
+    if shape not in ("completion", "prompt"):
+        raise InputError("puns become records of completion, prompt, rating or preference, "
+                         f"not of {shape}")
+    records = [{"id": pun.id} | completion(pun) for pun in puns if pun.is_pun]
+    if shape == "prompt":
+        records = [{"id": record["id"], "prompt": record["prompt"]} for record in records]
+    return records, {"it is not a pun": [pun.id for pun in puns if not pun.is_pun]}
 
 
 def preferences(puns, n=20_000, seed=0, min_margin=0.4):
@@ -396,13 +300,8 @@ def rated_pairs(puns, min_margin=0.8):
                 a, b, margin = b, a, -margin
             if margin == 0 or margin < min_margin - 1e-9:
                 continue
-            votes = 0.0
-            for rating_a, rating_b in zip(a.ratings, b.ratings, strict=True):
-                if rating_a > rating_b:
-                    votes += 1
-                elif rating_a == rating_b:
-                    votes += 0.5
-            yield a, b, margin, votes / len(a.ratings)
+            votes = [(x > y) + (x == y) / 2 for x, y in zip(a.ratings, b.ratings, strict=True)]
+            yield a, b, margin, sum(votes) / len(votes)
 
 
 def detection_pairs(puns, max_words_apart=1):
@@ -410,13 +309,13 @@ def detection_pairs(puns, max_words_apart=1):
 
     The puns of SemEval are longer than its non-puns, and a model that can tell them apart by
     length learns nothing else."""
-    others = [(other, len(other.text.split())) for other in puns if not other.is_pun]
-    for pun in puns:
-        if pun.is_pun:
-            n_words = len(pun.text.split())
-            for other, n_other in others:
-                if other.kind == pun.kind and abs(n_other - n_words) <= max_words_apart:
-                    yield pun, other
+    sized = [(pun, len(pun.text.split())) for pun in puns]
+    others = [(other, n_other) for other, n_other in sized if not other.is_pun]
+    for pun, n_words in sized:
+        for other, n_other in others:
+            same_length = abs(n_other - n_words) <= max_words_apart
+            if pun.is_pun and other.kind == pun.kind and same_length:
+                yield pun, other
 
 # -----------------------------------------------------------------------------
 # minimal pairs: a pun, and the same text with the other word
@@ -445,6 +344,9 @@ def depun(pun):
 
 # Endings, and how a word ends that sounds as if it had them already: peace like peas.
 ENDINGS = {"ing": r"ing$", "ed": r"[td]$", "est": r"est$", "s": r"([sxz]|[csz]e)$"}
+IRREGULAR = dict(say="said", tell="told", sell="sold", send="sent", lose="lost", make="made",
+                 take="took", pay="paid", buy="bought", catch="caught", leave="left", feel="felt",
+                 keep="kept", sleep="slept", speak="spoke", wear="wore")
 
 
 def inflect(lemma, like, like_lemma):
@@ -459,11 +361,6 @@ def inflect(lemma, like, like_lemma):
                 return lemma
             return f"{attach(first, ending)} {rest}".strip()
     return lemma
-
-
-IRREGULAR = dict(say="said", tell="told", sell="sold", send="sent", lose="lost", make="made",
-                 take="took", pay="paid", buy="bought", catch="caught", leave="left", feel="felt",
-                 keep="kept", sleep="slept", speak="spoke", wear="wore")
 
 
 def attach(word, ending):

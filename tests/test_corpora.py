@@ -14,7 +14,7 @@ from conftest import ROOT
 from test_semeval import write_expun
 
 from common import InputError, read_jsonl, write_jsonl
-from data import read_records, tokenizer
+from data import check_record, tokenizer
 from real.corpora import convert, load, reshape, split
 from real.duplicates import group, texts_of
 
@@ -46,8 +46,7 @@ def chat(*texts):
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
-ANSWER = [{"role": "assistant", "content": "Yo"}]
-OTHER = [{"role": "assistant", "content": "No"}]
+SAME = "two answers are the same text, so neither is better"
 
 # -----------------------------------------------------------------------------
 # public sets: what cannot be used is dropped and counted
@@ -70,11 +69,11 @@ def test_hh(tmp_path):
             {"prompt": dialogue("hi", ""), "chosen": " Hello.", "rejected": " Hey."},
             {"prompt": dialogue("a", "b", "c", ""), "chosen": " Good day", "rejected": " Go away"}]
         assert lines_of(corpus.dropped) == {
-            "an answer is empty": [3], "two answers are the same text": [4],
+            "'rejected' is empty": [3], SAME: [4],
             "the dialogues differ before the last answer": [5],
             "the dialogues share no turn of the assistant": [6]}
     packed.write_bytes(gzip.compress(plain.read_bytes())[:-20])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="train.jsonl.gz: this gzip file is damaged"):
         load(packed)
 
 
@@ -92,12 +91,10 @@ def test_shp(tmp_path):
         "prompt": "\n\nHuman: How do I rise early?\n\nAssistant:", "chosen": " Use yeast.",
         "rejected": " Ask a baker.", "margin": pytest.approx(math.log(4))}
     assert corpus.records[1]["chosen"] == " Ask a baker."
-    assert lines_of(corpus.dropped) == {"score_ratio is under 2": [3], "an answer is empty": [9],
+    assert lines_of(corpus.dropped) == {"score_ratio is under 2": [3], "'rejected' is empty": [9],
                                         "more than 5 pairs of one post": [7, 8]}
-    for changes, message in ((dict(labels=2), "'labels' must be 1"),
-                             (dict(score_ratio="4"), "'score_ratio' must be a number"),
-                             (dict(score_ratio=0.5), "'score_ratio' must be 1 or more")):
-        with pytest.raises(InputError, match=f"train.json:1: {message}"):
+    for changes in (dict(labels=2), dict(score_ratio="4"), dict(score_ratio=0.5)):
+        with pytest.raises(InputError, match=f"train.json:1: '.*{[*changes][0]}"):
             load(jsonl(path, shp(**changes)))
 
 
@@ -109,8 +106,7 @@ def test_openai(tmp_path):
     equal = row | {"summaries": [{"text": "Same."}, {"text": "Same. "}]}
     path = jsonl(tmp_path / "batch3.json", row, article, equal)
     corpus = load(path)
-    assert corpus.format == "openai"
-    assert lines_of(corpus.dropped) == {"two answers are the same text": [3]}
+    assert corpus.format == "openai" and lines_of(corpus.dropped) == {SAME: [3]}
     head = "SUBREDDIT: r/bread\n\nTITLE: On {puns}\n\nPOST: First {line}."
     assert without_where(corpus.records) == [
         {"prompt": f"{head}\nSecond line.\nThird line.\n\nTL;DR:", "chosen": " Rise.",
@@ -129,6 +125,9 @@ def test_openai(tmp_path):
 # -----------------------------------------------------------------------------
 # files of one's own: what cannot be used is an error
 
+YO, NO = ([{"role": "assistant", "content": text}] for text in ("Yo", "No"))
+
+
 @pytest.mark.parametrize("row, expected", [
     ({"prompt": "About bread:", "completion": " I loaf you."}, None),
     ({"prompt": "About bread:"}, None),
@@ -142,7 +141,7 @@ def test_openai(tmp_path):
      {"prompt": "Why?", "chosen": " Hello.", "rejected": " Hey."}),
     ({"messages": [{"role": "system", "content": "Be short."}] + chat("Hi", "Yo")},
      {"prompt": "Be short.\n\nHuman: Hi\n\nAssistant:", "completion": " Yo"}),
-    ({"prompt": chat("Hi"), "chosen": ANSWER, "rejected": OTHER},
+    ({"prompt": chat("Hi"), "chosen": YO, "rejected": NO},
      {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Yo", "rejected": " No"}),
     ({"chosen": chat("Hi", "Yo"), "rejected": chat("Hi", "You")},
      {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Yo", "rejected": " You"}),
@@ -167,126 +166,92 @@ PAIR = '{"prompt": "a", "chosen": " b", "rejected": " c", '
 
 @pytest.mark.parametrize("text, message", [
     ('{"prompt": "a", "completion": " b"}\n{"prompt": "a", "completion": ""}',
-     ":2: an answer is empty"),
-    ('{"prompt": " ", "completion": " b"}', ":1: the prompt is empty"),
-    ('{"prompt": "a", "chosen": " b", "rejected": "b"}', ":1: two answers are the same text"),
-    ('{"prompt": "a", "ranked": ["b", "c", "b"]}', ":1: two answers are the same text"),
+     ":2: 'completion' is empty"),
+    ('{"prompt": "a", "chosen": " b", "rejected": "b"}', f":1: {SAME}"),
     ('{"prompt": "a", "ranked": ["b"]}', ":1: 'ranked' must be a list of two texts"),
-    ('{"prompt": "a", "ranked": ["b", 3]}', ":1: 'ranked' must be a list of two texts"),
     ('{"prompt": "a", "answer": "b"}', ":1: this record has prompt + answer, .* prompt + comp"),
     ("{}", ":1: this record has no field"),
-    ('{"prompt": "a", "completion": 3}', ":1: 'completion' must be text"),
     ('{"prompt": "a", "completion": null}', ":1: 'completion' must be text"),
-    ('{"prompt": "a", "completion": " b", "label": 1}', ":1: 'label' must be true or false"),
-    (PAIR + '"margin": "1"}', ":1: 'margin' must be a number"),
+    ('{"prompt": "a", "completion": " b", "label": 2}', ":1: 'label' must be true or false"),
     (PAIR + '"margin": true}', ":1: 'margin' must be a number"),
-    (PAIR + '"margin": NaN}', ":1: this is not JSON: NaN"),
+    (PAIR + '"margin": NaN}', ":1: this line is not JSON: NaN"),
     (PAIR + '"share": 0.4}', ":1: 'share' must be from 0.5"),
-    ('{"prompt": "a"}\n\n{"text": "b"}', ":3: this record has text, but the file began with pro"),
-    ('{"prompt": "a"\n', ":1: this is not JSON"),
+    ('{"prompt": "a"}\n\n{"text": "b"}', ":3: this is a completion record, but the file began w"),
+    ('{"prompt": "a"\n', ":1: this line is not JSON"),
     ('{"prompt": "a"}\n3', ":2: this is not a JSON object"),
     ('{"prompt": "a"}\n["b"]', ":2: this is a JSON array"),
-    ('{"a": ' + "[" * 100_000, ":1: this JSON is nested too deeply"),
+    ('{"a": ' + "[" * 100_000, ":1: this line is not JSON"),
     ('{"messages": [{"role": "user", "content": "a"}]}', ":1: 'completion' must begin with a mes"),
     ('{"messages": "a"}', ":1: 'messages' must be a list"),
     ('{"messages": [{"role": "poet", "content": "a"}]}', ":1: the role 'poet'"),
     ('{"prompt": ["a"], "completion": "b"}', ":1: this is not a JSON object"),
-    ('{"chosen": "Yes", "rejected": "No"}', ":1: the prompt is empty"),
+    ('{"chosen": "Yes", "rejected": "No"}', ":1: 'prompt' is empty"),
+    ('{"text": 3}', ":1: 'text' must be text"),
     ("version https://git-lfs.github.com/spec/v1\noid sha256:0", ":1: this is a git-lfs pointer"),
-    ("I loaf you.", ":1: this is neither JSON nor"), ("3", ":1: this is neither JSON nor"),
-    ("", ": this file is empty"), ("\n\n", ": this file is empty")])
+    ("I loaf you.", ":1: this is neither JSON nor"),
+    ("\n\n", ": this file is empty")])
 def test_what_is_wrong_with_a_file_of_ones_own(tmp_path, text, message):
-    path = tmp_path / "mine.jsonl"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=message.replace("+", r"\+")) as error:
-        load(path)
-    assert str(error.value).startswith(f"{path}:") and "\n" not in str(error.value)
+    expect_error(tmp_path / "mine.jsonl", text, message)
 
 
 @pytest.mark.parametrize("name, text, message", [
     ("a.json", '[\n{"prompt": "a"},\n\n{"question": "b"}]', ":4: this record has question, which"),
-    ("a.json", '[\n{"prompt": "a"},\n{"prompt": "b"', ":3: this is not JSON"),
+    ("a.json", '[\n{"prompt": "a"},\n{"prompt": "b"', ":3: this is not a JSON array"),
+    ("a.json", '[\n{"prompt": "a"},\n', ":3: this is not a JSON array"),
     ("a.json", "[]", ": this file has no records"), ("a.json", "[1]", ":1: this is not a JSON obj"),
-    ("a.json", '{"data": [\n{"prompt": "a"}]}', ":1: this is not JSON"),
-    ("a.csv", "question,answer\na,b\n", ":2: this record has question + answer, which is none"),
+    ("a.json", '{"data": [\n{"prompt": "a"}]}', ":1: this line is not JSON"),
     ("a.csv", "prompt;completion\na;b\n", ":2: this record has prompt;completion, which is none"),
-    ("a.csv", "prompt,completion\na,b\n\na\n", ":4: 1 cells do not fit the columns prompt, compl"),
-    ("a.csv", "prompt,prompt\na,b\n", ":2: 2 cells do not fit the columns prompt, prompt"),
+    ("a.csv", "prompt,completion\na,b\n\na\n", ":4: its cells do not fit the columns prompt, com"),
+    ("a.csv", "prompt\na,b\n", ":2: its cells do not fit the columns prompt"),
     ("a.csv", 'prompt,completion\na,"b\n', ":2: this is not CSV"),
-    ("a.csv", "prompt,completion\na,\n", ":2: an answer is empty"),
-    ("a.csv", "prompt,completion,rating\na,b,good\n", ":2: 'rating' must be a number, not 'good'"),
-    ("a.csv", "prompt,completion,label\na,b,good\n", ":2: 'label' must be true or false"),
+    ("a.csv", "prompt,completion\na,\n", ":2: 'completion' is empty"),
+    ("a.csv", "prompt,completion,rating\na,b,good\n", ":2: 'rating' must be a number"),
     ("a.csv", "prompt,completion\n", ": this file has no records"),
     ("a.md", "# Puns\n", ":1: this is neither JSON nor a .csv or .txt file"),
-    ("a.tsv", "prompt\tcompletion\n", ":1: this is neither JSON nor a .csv or .txt file")])
-def test_what_is_wrong_with_arrays_and_tables(tmp_path, name, text, message):
-    path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
+    ("a.txt", "\xff", ":1: this is not UTF-8")])
+def test_what_is_wrong_with_arrays_tables_and_texts(tmp_path, name, text, message):
+    expect_error(tmp_path / name, text, message)
+
+
+def expect_error(path, text, message):
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=message.replace("+", r"\+")) as error:
         load(path)
     assert str(error.value).startswith(f"{path}:") and "\n" not in str(error.value)
 
 
-def test_csv(tmp_path):
+def test_csv_and_text(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_bytes(b"\xef\xbb\xbfPrompt, Completion,rating\r\n"
                      b'About bread:,"I ""loaf"",\r\nyou.",3\r\n,,\r\nAbout tea:, Steep.,4.5\r\n')
-    corpus = load(path)
-    assert corpus == ("csv", [
-        {"where": f"{path}:2", "prompt": "About bread:", "completion": ' I "loaf",\nyou.',
+    assert load(path) == ("csv", [
+        {"where": f"{path}:3", "prompt": "About bread:", "completion": ' I "loaf",\nyou.',
          "rating": 3}, {"where": f"{path}:5", "prompt": "About tea:", "completion": " Steep.",
                         "rating": 4.5}], {})
-
-
-def test_text(tmp_path):
     path = tmp_path / "puns.txt"
     path.write_text("I loaf you.\n\n  [Rise] and shine.\n", encoding="utf-8")
-    assert load(path).format == "text"
-    assert load(path).records[1] == {"where": f"{path}:3", "prompt": "A pun:",
-                                     "completion": " [Rise] and shine."}
+    assert load(path) == ("text", [
+        {"where": f"{path}:{line}", "prompt": "A pun:", "completion": text}
+        for line, text in ((1, " I loaf you."), (3, " [Rise] and shine."))], {})
 
 
-def test_other_files_and_folders(tmp_path):
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(InputError, match="mine.jsonl:2: byte 11 is not UTF-8"):
-        load(path)
+def test_a_format_is_not_taken_for_another(tmp_path):
     write_expun(tmp_path / "puns")
     (tmp_path / "empty").mkdir()
+    pairs = jsonl(tmp_path / "pairs.jsonl", {"chosen": "a b", "rejected": "a c"})
+    assert load(pairs).format == "trl"
     for arguments, message in (
-            ([tmp_path / "none"], "no such file"), ([path, "xml"], "the format is auto or one of"),
-            ([tmp_path, "trl"], "this is a folder"), ([tmp_path / "puns"], "holds both SemEval"),
-            ([tmp_path / "empty"], "neither SemEval nor ExPUNations")):
+            ([pairs, "xml"], "the format is auto or one of"), ([tmp_path, "trl"], "is a folder"),
+            ([tmp_path / "puns"], "holds both SemEval"),
+            ([tmp_path / "empty"], "neither SemEval nor ExPUN"),
+            ([pairs, "trl", str, "folder"], "--semeval is for the format expun"),
+            ([pairs, "text"], "pairs.jsonl:1: this is JSON, not plain text"),
+            ([pairs, "shp"], "pairs.jsonl:1: 'post_id' is missing, only chosen"),
+            ([pairs, "json"], "pairs.jsonl:1: this file is not a JSON array")):
         with pytest.raises(InputError, match=message):
             load(*arguments)
-    with pytest.raises(InputError, match="--semeval is for the format expun"):
-        load(path, "trl", semeval="folder")
-
-# -----------------------------------------------------------------------------
-# shapes
-
-def test_reshape_preferences_and_rankings():
-    pair = {"where": "f:1", "prompt": "p", "chosen": " a", "rejected": " b", "margin": 1}
-    assert reshape([pair], "preference")[0] == [pair]
-    assert without_where(reshape([pair], "completion")[0]) == [{"prompt": "p", "completion": " a"}]
-    assert without_where(reshape([pair], "prompt")[0]) == [{"prompt": "p"}]
-    ranked = {"where": "f:1", "prompt": "p", "ranked": [" a", " b", " c"]}
-    assert reshape([ranked], "completion")[0][0]["completion"] == " a"
-    assert reshape([pair], "rating") == ([], {"it has no prompt + completion + rating": ["f:1"]})
-
-
-def test_reshape_labels():
-    texts = [("p", " a", True), ("p", " b", False), ("p", " c", False), ("q", " d", True),
-             ("p", " e", True), ("p", " f", True)]
-    records = [{"where": f"f:{n}", "prompt": prompt, "completion": text, "label": label}
-               for n, (prompt, text, label) in enumerate(texts, 1)]
-    pairs, left_out = reshape(records, "preference")
-    assert without_where(pairs) == [{"prompt": "p", "chosen": " a", "rejected": " b"},
-                                    {"prompt": "p", "chosen": " e", "rejected": " c"}]
-    assert list(left_out.values()) == [["f:6", "f:4"]]
-    good, left_out = reshape(records, "completion")
-    assert [record["completion"] for record in good] == [" a", " d", " e", " f"]
-    assert left_out == {"it is labeled false": ["f:2", "f:3"]}
+    assert load(pairs, "hh").dropped == {
+        "the dialogues share no turn of the assistant": [f"{pairs}:1"]}
 
 # -----------------------------------------------------------------------------
 # near-duplicates and splits
@@ -301,6 +266,11 @@ def test_group_finds_near_duplicates_but_no_templates():
     assert group([[text] for text in texts]) == [0, 0, 2, 3, 2, 5]
     assert group([]) == [] and group([[""], ["a"]]) == [0, 1]
     assert group([["a b"], ["c d"], ["a b"], ["e f", "c d"]]) == [0, 1, 0, 1]
+    post = "My sourdough starter has been sulking since Tuesday, what now?"     # a long prompt
+    records = [{"prompt": post, "chosen": chosen, "rejected": " Never mind."} for chosen in (
+        " Feed flour twice daily somewhere warm until bubbles appear.",
+        " Throw everything away; buy fresh yeast instead, honestly.")]
+    assert group([texts_of(record)[:1] + texts_of(record)[2:] for record in records]) == [0, 0]
 
 
 @pytest.mark.parametrize("threshold", [0.45, 0.7])
@@ -325,27 +295,20 @@ def test_group_against_all_pairs(threshold):
     assert group([[text] for text in texts], threshold) == numbers
 
 
-def told_twice(n):
-    return [{"prompt": "About bread:", "completion": f" Pun number{i} of baker{i}{end}."}
-            for i in range(n) for end in ("", ", again")]
-
-
 def test_split_keeps_near_duplicates_together():
-    records = told_twice(200)
+    records = [{"prompt": "About bread:", "completion": f" Pun number{i} of baker{i}{end}."}
+               for i in range(200) for end in ("", ", again")]
     train, test = split(records)
     assert len(train) == 360 and len(test) == 40
 
-    def numbers(records):
-        return {record["completion"].split()[1] for record in records}
-
     def texts(records):
-        return {record["completion"] for record in records}
+        return {record["completion"].split(",")[0].rstrip(".") for record in records}
 
-    assert not numbers(train) & numbers(test)
+    assert not texts(train) & texts(test)
     assert split(records) == (train, test) and split(records, seed=1)[1] != test
     assert texts(split(records[::-1])[1]) == texts(test)        # whatever their order
     more = split(records + [{"prompt": "About tea:", "completion": " Steep."}])[1]
-    assert len(texts(more) & texts(test)) >= 38                 # hardly moved by more records
+    assert len(texts(more) & texts(test)) >= 19                 # hardly moved by more records
 
 
 def test_split_of_few_large_or_many_groups():
@@ -361,16 +324,31 @@ def test_split_of_few_large_or_many_groups():
     assert abs(len(test) - 2001) < 3
     assert not {r["completion"] for r in train} & {r["completion"] for r in test}
 
-
-def test_long_prompts_are_compared_too():
-    post = "My sourdough starter has been sulking since Tuesday, what now?"
-    records = [{"prompt": post, "chosen": chosen, "rejected": rejected} for chosen, rejected in (
-        (" Feed flour twice daily somewhere warm until bubbles appear.", " Ask somebody wiser."),
-        (" Throw everything away; buy fresh yeast instead, honestly.", " Never mind."))]
-    assert group([texts_of(record) for record in records]) == [0, 0]
-
 # -----------------------------------------------------------------------------
 # the command
+
+def test_reshape():
+    pair = {"where": "f:1", "prompt": "p", "chosen": " a", "rejected": " b", "margin": 1}
+    assert reshape([pair], "preference")[0] == [pair]
+    assert without_where(reshape([pair], "completion")[0]) == [{"prompt": "p", "completion": " a"}]
+    assert without_where(reshape([pair], "prompt")[0]) == [{"prompt": "p"}]
+    ranked = {"where": "f:1", "prompt": "p", "ranked": [" a", " b", " c"]}
+    assert reshape([ranked], "completion")[0][0]["completion"] == " a"
+    assert reshape([pair], "rating") == ([], {"it has no prompt + completion + rating": ["f:1"]})
+    labeled = [{"where": f"f:{label:d}", "prompt": "p", "completion": " a", "label": label}
+               for label in (True, False)]
+    assert reshape(labeled, "label")[0] == labeled
+    good, left_out = reshape(labeled, "completion")
+    assert good[0]["where"] == "f:1" and left_out == {"it is labeled false": ["f:0"]}
+
+
+def converted(folder):
+    """(train, test) of a folder that convert() wrote, where each stage can read each record."""
+    parts = [read_jsonl(folder / f"{name}.jsonl") for name in ("train", "test")]
+    for record in itertools.chain(*parts):
+        check_record("", record, sorted(record.keys() - {"id", "margin", "share"}))
+    return parts
+
 
 def test_convert(tmp_path, capsys):
     rows = [{"chosen": dialogue(f"hi{i}", f"I am{i}" + " so" * i),
@@ -381,18 +359,13 @@ def test_convert(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "hh.jsonl: hh, 40 records" in out
     assert f"dropped 1: the dialogues share no turn of the assistant (first: {path}:1)" in out
-    assert "longer than 60 tokens (first: " in out and "train: " in out
-    sizes = []
-    for name in ("train", "test"):
-        rows = read_jsonl(tmp_path / "out" / f"{name}.jsonl")
-        assert all(set(row) == {"prompt", "chosen", "rejected"} for row in rows)
-        read_records(tmp_path / "out" / f"{name}.jsonl", ["prompt", "chosen", "rejected"])
-        sizes.append(len(rows))
-    assert 0 < sizes[1] < sizes[0] and sum(sizes) < 40
+    train, test = converted(tmp_path / "out")
+    assert 0 < len(test) < len(train)
+    assert f"dropped {40 - len(train) - len(test)}: longer than 60 tokens (first: {path}:" in out
     n_tokens = len(tokenizer().encode(dialogue("hi0", "")))
-    with pytest.raises(InputError, match="no prompt records"):  # no room for a response
+    convert("auto", path, shape="prompt", block_size=n_tokens + 1)      # room for a response
+    with pytest.raises(InputError, match="no prompt records"):
         convert("auto", path, shape="prompt", block_size=n_tokens)
-    convert("auto", path, shape="prompt", block_size=n_tokens + 1)
     with pytest.raises(InputError, match="no rating records are left: they need prompt"):
         convert("auto", path, shape="rating")
     with pytest.raises(InputError, match="--test_fraction must be from 0"):
@@ -403,19 +376,18 @@ def test_convert_puns(tmp_path):
     semeval, expun = write_expun(tmp_path)
     out = tmp_path / "out"
     convert("auto", semeval, str(out))
-    rows = read_jsonl(out / "train.jsonl") + read_jsonl(out / "test.jsonl")
-    assert len(rows) == 44 and {"id": "het_9001", "prompt": "A pun on knead (need):",
+    rows = sum(converted(out), [])
+    assert len(rows) == 44 and {"id": "het_9001", "prompt": 'A pun with the word "knead":',
                                 "completion": " Bakers knead dough."} in rows
     convert("auto", expun, str(out), test_fraction=0.3)
-    rows = read_jsonl(out / "train.jsonl") + read_jsonl(out / "test.jsonl")
-    rows.sort(key=lambda row: int(row["id"].removeprefix("het_")))
-    assert rows[0] == {"id": "het_0", "prompt": "A pun:", "rating": 0.4,
-                       "completion": " My cat number0 thing0 likes to knead dough0."}
+    rows = sum(converted(out), [])
+    assert {"id": "het_0", "prompt": "A pun:", "rating": 0.4,
+            "completion": " My cat number0 thing0 likes to knead dough0."} in rows
     convert("auto", expun, str(out), shape="preference", test_fraction=0.3)
-    train, test = ({row[side].split()[2] for row in read_jsonl(out / f"{name}.jsonl")
-                    for side in ("chosen", "rejected")} for name in ("train", "test"))
+    train, test = ({row[side].split()[2] for row in rows for side in ("chosen", "rejected")}
+                   for rows in converted(out))
     assert train and test and not train & test
-    with pytest.raises(InputError, match="puns are not ranked"):
+    with pytest.raises(InputError, match="not of ranking"):
         convert("auto", expun, shape="ranking")
 
 
@@ -425,17 +397,18 @@ def test_half_surrogates_and_an_empty_test_set(tmp_path, capsys):
                     encoding="utf-8")
     convert("trl", path, str(tmp_path / "out"))
     assert "all records are near-duplicates of one another" in capsys.readouterr().out
-    rows = read_jsonl(tmp_path / "out" / "train.jsonl")
-    assert rows == [{"prompt": "\ufffd lone \U0001f35e", "completion": " a\u2028b"}] * 2
-    assert (tmp_path / "out" / "test.jsonl").read_text() == ""
+    assert converted(tmp_path / "out") == [
+        [{"prompt": "\ufffd lone \U0001f35e", "completion": " a\u2028b"}] * 2, []]
 
 
 def test_the_command(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("prompt,completion\n" + "".join(f"a{i}:,b{i}\n" for i in range(20)))
-
     command = [sys.executable, "-m", "real.corpora", "csv", path, tmp_path / "out", "--as",
                "prompt", "--test_fraction", "0.2"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and "test: 4 prompt records" in done.stdout, done.stderr
-    assert sorted(read_jsonl(tmp_path / "out" / "test.jsonl")[0]) == ["prompt"]
+    path.unlink()
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {path}: there is no such file or folder\n"

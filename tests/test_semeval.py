@@ -7,7 +7,7 @@ import pytest
 from common import InputError
 from real import semeval
 from real.corpora import load
-from real.semeval import Pun, depun, detokenize, inflect, lemmas
+from real.semeval import Pun, depun, detokenize, inflect, lemmas, span_of
 
 # Texts of our own in SemEval's format: id, tokens, index of the pun word, its two senses.
 TEXTS = {
@@ -47,15 +47,10 @@ def write_semeval(folder, more=()):
 
 
 def rating(text_id, funniness, raters=(4, 3, 10, 1, 0)):
-    """A record of ExPUNations."""
-    rest = len(raters) - 3
-    return {"ID": text_id, "Understand the text?": [1] * len(raters),
-            "Offensive/Inappropriate?": [0, 1, ""] + [0] * rest,
+    """A record of ExPUNations, as far as it is read."""
+    return {"ID": text_id, "Offensive/Inappropriate?": [0, 1, ""] + [0] * (len(raters) - 3),
             "Is a Joke?": [int(rating > 0) for rating in funniness],
-            "Funniness (1-5)": funniness,
-            "Natural language explanation": ["knead sounds like need", "", ""] + [""] * rest,
-            "Joke keywords": [["knead", "dough"], ["Knead "], [""]] + [[""]] * rest,
-            "Annotator_IDs": list(raters)}
+            "Funniness (1-5)": funniness, "Annotator_IDs": list(raters)}
 
 
 def write_expun(folder, n=40):
@@ -88,10 +83,10 @@ def test_detokenize_inverts_semevals_tokens(text):
         else:
             tokens += [char, ""]
     tokens = [token for token in tokens if token.strip()]
-    made, spans = detokenize(tokens)
-    assert made == text
-    for token, (start, end) in zip(tokens, spans, strict=True):
-        assert made[start:end] == token or not token.isalnum()
+    assert detokenize(tokens) == text
+    for i, token in enumerate(tokens):
+        if token.isalnum():
+            assert text[slice(*span_of(text, tokens, i))] == token
 
 
 @pytest.mark.parametrize("word, first, second, expected", [
@@ -152,8 +147,8 @@ def test_damaged_files_of_semeval(tmp_path, name, old, new, message):
     with pytest.raises(InputError, match=message):
         load(tmp_path)
     path.unlink()
-    with pytest.raises(InputError, match="cannot be read"):
-        load(tmp_path if name.endswith(".gold") else path, "semeval")
+    with pytest.raises((InputError, FileNotFoundError), match=r"there is no such|No such file"):
+        load(tmp_path if name.endswith(".gold") else path)
 
 
 def test_expun(tmp_path):
@@ -167,31 +162,21 @@ def test_expun(tmp_path):
     assert corpus.dropped == {"its text is not in SemEval's files": [f"{path}:{line} (het_1)"]}
     (pun,) = corpus.records
     assert (pun.raters, pun.ratings) == ((0, 1, 3, 4, 10), (2, 3, 1, 2, 0))     # by rater
-    assert (pun.part, pun.funniness, pun.is_joke_rate) == ("full", 8 / 5, 4 / 5)
-    assert pun.offensive_rate == 1 / 4              # "" is no vote
-    assert pun.keywords == ("knead",) and pun.explanations == ("knead sounds like need",)
+    assert (pun.part, pun.funniness, pun.n_offensive) == ("full", 8 / 5, 1)
     with pytest.raises(InputError, match="name their folder with --semeval"):
         load(path)
-
-
-def test_the_pilot_of_expun_has_other_fields(tmp_path):
-    row = rating("het_9001", [1, 3, 5], (7, 8, 9))
-    row["Understand the Joke?"] = row.pop("Understand the text?")
-    row["Offensive/Inappropriate?"] = ["0", "1", ""]
-    row["Joke keywords"] = ["dough", ["Dough"], [""]]
-    del row["Is a Joke?"]
-    path = tmp_path / "pilot.json"
-    path.write_text(json.dumps([row]), encoding="utf-8")
-    write_semeval(tmp_path / "semeval2017")                     # is found beside the file
+    pilot = rating("het_9001", [1, 3, 5], (7, 8, 9)) | {"Offensive/Inappropriate?": ["0", "1", ""]}
+    del pilot["Is a Joke?"]
+    path.write_text(json.dumps([pilot]), encoding="utf-8")
+    write_semeval(tmp_path / "semeval2017")                         # is found beside the file
     (pun,) = load(path).records
-    assert (pun.part, pun.is_joke_rate, pun.offensive_rate) == ("pilot", None, 0.5)
-    assert pun.keywords == ("dough",)
+    assert (pun.part, pun.ratings, pun.n_offensive) == ("pilot", (1, 3, 5), 1)
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"Funniness (1-5)": [1, 2]}, "'Funniness .1-5.' has 2 entries for 5 raters"),
+    ({"Funniness (1-5)": [1, 2]}, "must have an entry for each rater"),
     ({"Funniness (1-5)": [1, 2, 3, 4, 6]}, "from 0 to 5"),
-    ({"Joke keywords": 3}, "'Joke keywords' must be a list"),
+    ({"Annotator_IDs": 3}, "'Annotator_IDs' must be a list"),
     ({"Annotator_IDs": ["a", 1, 2, 3, 4]}, "a rater must be a whole number"),
     ({"ID": 7}, "'ID' must be text")])
 def test_damaged_records_of_expun(tmp_path, change, message):
@@ -207,12 +192,6 @@ def pun(name="p", text="Bakers knead dough.", kind="heterographic", word="knead"
         lemma="knead", **more):
     start = text.index(word)
     return Pun(name, text, kind, bool(word), word, alt, lemma, (start, start + len(word)), **more)
-
-
-def test_completion_asks_for_the_pun_by_its_words():
-    expected = {"prompt": "A pun on knead (need):", "completion": " Bakers knead dough."}
-    assert semeval.completion(pun()) == expected
-    assert semeval.completion(pun(alt=""))["prompt"] == "A pun on knead:"
 
 
 def test_rated_pairs_by_hand():
