@@ -46,7 +46,7 @@ from evaluate import best_of, interval, markdown_table, self_bleu, write_text
 from model import LANGUAGE_MODEL, load_model, load_reward_model, read_checkpoint
 from real.corpora import load
 from real.duplicates import group_records, words_of
-from real.semeval import PROMPT, depun, detection_pairs, rated_pairs
+from real.semeval import PROMPT, depun, detection_pairs, rated_pairs, word_prompt
 from reward_model import score_texts
 
 WORDS = Path(__file__).with_name("words.txt")
@@ -71,11 +71,6 @@ def load_puns(config):
     return [rated.get(pun.id, pun) for pun in load(config.semeval, "semeval").records]
 
 
-def is_offensive(pun):
-    """True if two raters or more found it offensive."""
-    return round((pun.offensive_rate or 0) * len(pun.raters)) >= 2
-
-
 def parts_of(puns, seed):
     """{"train", "gold", "val", "test": puns}. Near-duplicates are in one part, see the top."""
     parts = {"train": [], "gold": [], "val": [], "test": []}
@@ -97,14 +92,11 @@ def parts_of(puns, seed):
     return parts
 
 
-def word_prompt(word):
-    return f'A pun with the word "{word.lower()}":'
-
-
 def completions(puns):
-    """What a policy learns: the inoffensive puns, each asked for by its pun word."""
+    """What a policy learns: puns that at most one rater found offensive, each asked for by its pun
+    word."""
     return [{"prompt": word_prompt(pun.pun_word), "completion": " " + pun.text}
-            for pun in puns if pun.is_pun and not is_offensive(pun)]
+            for pun in puns if pun.is_pun and pun.n_offensive < 2]
 
 
 def everyday_words(puns):

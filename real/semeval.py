@@ -239,12 +239,12 @@ def ratings_of(row):
 # -----------------------------------------------------------------------------
 # what to train on them
 
-def prompt_for(word):
-    return f'A pun with the word "{word}":'
+def word_prompt(word):
+    return f'A pun with the word "{word.lower()}":'
 
 
 def completion(pun):
-    return {"prompt": prompt_for(pun.pun_word), "completion": " " + pun.text}
+    return {"prompt": word_prompt(pun.pun_word), "completion": " " + pun.text}
 
 
 def records_of(puns, shape, n_pairs=20_000, seed=0):

@@ -37,7 +37,7 @@ def toy_puns():
             text = f"My sentence{i} about thing{i} needs no word{i} today."
             pun = Pun(f"het_{i}", text, "heterographic", False)
         if i % 2 == 0:
-            pun = pun._replace(part="full", raters=RATERS, offensive_rate=0.4 if i == 4 else 0.2,
+            pun = pun._replace(part="full", raters=RATERS, n_offensive=2 if i == 4 else 1,
                                ratings=(i % 5, (i + 2) % 5, 1, 0, i % 3))
         puns.append(pun)
     puns[3] = puns[2]._replace(id="het_3", text=puns[2].text + " Again.", ratings=(), raters=())
@@ -78,7 +78,7 @@ def test_everyday_words_are_in_no_pun():
 
 def test_comparisons_by_hand():
     """One comparison of each source is possible here, apart from two detections."""
-    full = dict(part="full", raters=(0, 1), offensive_rate=0.0)
+    full = dict(part="full", raters=(0, 1), n_offensive=0)
     puns = [Pun("a", "Bakers knead dough.", "heterographic", True, "knead", "need", "knead",
                 (7, 12), ratings=(3, 4), **full),
             Pun("b", "No pun today.", "heterographic", False, ratings=(1, 4), **full),
