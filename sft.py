@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 import tyro
 
-from common import Run, TrainOptions, command_line, make_rng, setup
+from common import InputError, Run, TrainOptions, command_line, make_rng, setup
 from data import (
     Batches,
     encode_records,
@@ -45,8 +45,7 @@ class Config(TrainOptions):
     out_dir: str = "runs/sft"   # the folder of this run
     data: str = ""              # JSONL of prompt and completion; '' is the pun world
     val_data: str = ""          # the same, to validate on; '' holds out a tenth of --data
-    corpus_size: int | None = None  # records of the pun world to write; None: 564,000, with
-                                    # --init 20,000
+    corpus_size: int | None = None  # records of the pun world; None: 564,000, --init 20,000
     init: str = ""              # checkpoint to start from; '' starts from random weights
     tokenizer: str = "puns"     # puns or gpt2; with --init that of the checkpoint
     # the architecture, if it starts from random weights
@@ -61,21 +60,19 @@ class Config(TrainOptions):
     batch_size: int | None = None       # texts, of about one length each; None: 64, --init 32
     grad_accum: int | None = None       # batches a step; None: 2, --init 1
     max_steps: int | None = None        # optimizer steps; None: 4,400, --init as --epochs says
-    epochs: float = 3.0                 # with --init: passes over the data
-    lr: float | None = None             # the highest rate; linear warm-up, then linear decay to
-                                        # zero; None: 6e-3 (Muon), --init 1e-4 (AdamW)
+    epochs: float | None = None         # passes over the data, in place of --max_steps; --init 3
+    # Linear warm-up to the highest rate, then linear decay to zero.
+    lr: float | None = None             # highest rate; None: 6e-3 (Muon), --init 1e-4 (AdamW)
     warmup_steps: int | None = None     # steps until the highest rate; None: 100, --init a tenth
     weight_decay: float = 0.0   # one pass over an endless corpus cannot overfit
     grad_clip: float = 1.0      # largest norm of a gradient; 0 does not clip
-    eval_interval: int | None = None    # steps between two evaluations and two saved states;
-                                        # None: 500, --init an epoch
+    eval_interval: int | None = None    # steps between two evaluations; None: 500, --init an epoch
     log_interval: int = 25      # steps between two rows of metrics.jsonl
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
 
 
-# An endless corpus is read once: 4,400 steps of 128 records are 563,200.
-FROM_SCRATCH = dict(corpus_size=564_000, batch_size=64, grad_accum=2, max_steps=4400, lr=6e-3,
-                    warmup_steps=100, eval_interval=500)
+# 4,400 steps of 128 records read each record of the pun world once.
+FROM_SCRATCH = dict(corpus_size=564_000, batch_size=64, grad_accum=2, lr=6e-3)
 # Trained weights need little, and more of it would destroy what they know.
 FINE_TUNING = dict(corpus_size=20_000, batch_size=32, grad_accum=1, lr=1e-4)
 
@@ -87,10 +84,16 @@ def fill_in(config, **defaults):
 
 
 def plan_steps(config, n_batches):
-    """The config of a fine-tuning run with its numbers of steps. n_batches: of one epoch."""
-    epoch = max(1, n_batches // config.grad_accum)                  # in steps
-    config = fill_in(config, max_steps=max(1, round(config.epochs * epoch)), eval_interval=epoch)
-    return fill_in(config, warmup_steps=config.max_steps // 10)
+    """The config with numbers of steps where it has None. n_batches: of one epoch."""
+    epoch = max(1, n_batches // config.grad_accum)                      # in steps
+    epochs = config.epochs
+    if epochs is None and config.init:
+        epochs = 3
+    if epochs is not None:
+        config = fill_in(config, max_steps=max(1, round(epochs * epoch)))
+    if config.init:
+        config = fill_in(config, warmup_steps=config.max_steps // 10, eval_interval=epoch)
+    return fill_in(config, max_steps=4400, warmup_steps=100, eval_interval=500)
 
 # -----------------------------------------------------------------------------
 
@@ -147,6 +150,8 @@ def load_corpus(config):
 
 def train(config):
     """Runs the stage. Writes config.out_dir/ckpt.pt. Raises InputError for unusable input."""
+    if config.epochs is not None and config.max_steps is not None:
+        raise InputError("--epochs and --max_steps both say how long: leave one of them out")
     config = fill_in(config, **(FINE_TUNING if config.init else FROM_SCRATCH))
     device, autocast = setup(config)
     model, tok = make_model(config, device)
@@ -160,8 +165,7 @@ def train(config):
     # The judge's verdicts need many samples; of other texts a few are read.
     n_samples = 64 if config.data else 256
     val_prompts = [record["prompt"] for record in val_records[:n_samples]]
-    if config.init:
-        config = plan_steps(config, batches.n_batches)
+    config = plan_steps(config, batches.n_batches)
     n_parameters = sum(p.numel() for p in model.parameters())
     floor = "" if config.data else f", entropy of the grammar {world().entropy():.2f} nats"
     print(f"sft: {n_parameters / 1e6:.2f} M parameters, {len(records)} records, "

@@ -9,7 +9,7 @@ import torch.nn as nn
 from conftest import CPU, EOS, PAD, TINY_SFT, awake, close, ids, off, records, tiny, toy
 
 import sft
-from common import read_jsonl
+from common import InputError, read_jsonl
 from data import Batches, encode_records, tokenizer_of
 from model import load_model, logprobs, save_model
 
@@ -168,6 +168,11 @@ def test_fine_tuning_has_defaults_of_its_own(tmp_path, sft_ckpt):
     assert list(val_nll) == [2, 4, 6] and val_nll[2] > val_nll[4] > val_nll[6]
     used, val_nll, _ = run("given", epochs=5.5, lr=1e-3, eval_interval=7)
     assert used | dict(max_steps=11, warmup_steps=1, lr=1e-3) == used and list(val_nll) == [7, 11]
+
+    used, _, _ = run("scratch", "", **TINY_SFT | dict(max_steps=None, epochs=2))
+    assert used["max_steps"] == 10                      # 80 records in batches of 16, twice
+    with pytest.raises(InputError, match="leave one of them out"):
+        run("both", epochs=1, max_steps=1)
 
     def change(init, **options):
         options = TINY_SFT | dict(max_steps=1, warmup_steps=0) | options
