@@ -90,6 +90,12 @@ $R/report.json: $R/ppo/ckpt.pt $R/dpo/ckpt.pt $R/gan/ckpt.pt
 $R/gan_%/ckpt.pt: $R/sft/ckpt.pt $R/discriminator/ckpt.pt
 	$(PY) gan.py --seed $(SEED) --estimator $* --out_dir $R/gan_$* --init $R/sft/ckpt.pt \
 	    --disc $R/discriminator/ckpt.pt $(GAN)
+$R/discriminator_states/ckpt.pt: $R/sft/ckpt.pt
+	$(PY) discriminator.py --seed $(SEED) --reads states --lstm --out_dir $R/discriminator_states \
+	    --init $R/sft/ckpt.pt $(DISC)
+$R/gan_hidden/ckpt.pt: $R/sft/ckpt.pt $R/discriminator_states/ckpt.pt
+	$(PY) gan.py --seed $(SEED) --estimator hidden --out_dir $R/gan_hidden --init $R/sft/ckpt.pt \
+	    --disc $R/discriminator_states/ckpt.pt $(GAN)
 gans: $R/gan_gumbel/ckpt.pt $R/gan_hidden/ckpt.pt
 
 # architectures side by side: a whole run in $R/compare/<arch>-<seed> each

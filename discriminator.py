@@ -11,10 +11,13 @@ Stage 2b, the discriminator: did a person write this completion, or a model?
     4. AdamW step; accuracy on unseen reals and fresh fakes
 
 It reads a response in one of two ways: its tokens, or the hidden states with which the generator
-wrote it. gan.py goes on from this checkpoint, and there both sides learn.
+reads it. With states and an LSTM it is a transformer encoder followed by an LSTM, as in TransLSTM
+(Riaz et al. 2024, Natural Language Processing Journal 8, 100089). gan.py goes on from this
+checkpoint, and there both sides learn, with the verdict as a reward (RLGAF, arXiv 2305.06176).
 
     python discriminator.py
-    python discriminator.py --lstm           the trunk's states go through an LSTM
+    python discriminator.py --lstm                  the trunk's states go through an LSTM
+    python discriminator.py --reads states --lstm --out_dir runs/discriminator_states
 """
 
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from common import Options, Run, command_line, make_rng, setup
+from common import InputError, Options, Run, command_line, make_rng, setup
 from data import Batches, encode_records, pad_right, read_records, respond, tokenizer_of
 from model import (
     DISCRIMINATOR,
@@ -46,7 +49,8 @@ class Config(Options):
     data: str = ""              # JSONL of real prompts and completions; '' is the pun world's puns
     val_data: str = ""          # the same, to validate on; '' holds out up to 1,000 of the data
     corpus_size: int = 8_000    # reals of the pun world, and as many fakes
-    lstm: bool = False          # an LSTM between trunk and classifier
+    reads: str = "tokens"       # tokens, or states: the generator's hidden states
+    lstm: bool = False          # an LSTM between trunk, or encoder, and classifier
     label_smoothing: float = 0.0    # one-sided: the target of a real text is 1 - this
     batch_size: int = 64        # reals, and as many fakes
     max_steps: int = 300                                                # optimizer steps
@@ -81,8 +85,8 @@ class Discriminator(nn.Module):
     def forward(self, prompt, response, states=None, embeddings=None):
         """prompt (B, P) and response (B, R) ids -> logits (B,)
 
-        states (B, R, C): what to read, if it reads states. embeddings (B, R, C): read in place of
-        the embeddings of the response, if given; gan.py sends a gradient through them."""
+        states (B, R, C): what to read, if it reads states; see states_for(). embeddings (B, R, C):
+        read in place of those of the response, if given; gan.py sends a gradient through them."""
         mask = response != self.pad_token_id                            # (B, R)
         if self.reads == "states":
             x = self.read_states(states, mask)                          # (B, R, C)
@@ -113,6 +117,17 @@ class Discriminator(nn.Module):
         return x
 
 
+def states_for(discriminator, generator, prompt, response):
+    """What the discriminator reads, if it reads states. (B, P), (B, R) -> (B, R, C), or None
+
+    [:, t] has read response[:, :t + 1], and from it the generator predicts the next token. The last
+    one has read the whole response. (The state before the first token knows the prompt alone.)"""
+    if discriminator.reads == "tokens":
+        return None
+    # As in read_tokens(): one more pad adds the state after the last token.
+    return generator.hidden(prompt, F.pad(response, (0, 1), value=generator.pad_token_id))[:, 1:]
+
+
 def save_discriminator(path, discriminator, tok, **about):
     save_checkpoint(path, DISCRIMINATOR, discriminator, tok, reads=discriminator.reads,
                     lstm=discriminator.lstm is not None, **about)
@@ -125,6 +140,7 @@ def load_discriminator(path, device="cpu"):
     discriminator = Discriminator(rebuild(checkpoint, path), checkpoint["lstm"],
                                   checkpoint["reads"])
     discriminator.load_state_dict(checkpoint["model"])
+    discriminator.tokenizer_fingerprint = checkpoint["tokenizer_fingerprint"]
     return discriminator.to(device).eval()
 
 
@@ -146,15 +162,26 @@ def accuracy_of(real, fake):
     return ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
 
 
+def verdicts(discriminator, generator, batch):
+    """Logits of the reals and of the fakes of a batch {prompt, real, fake}. -> (B,), (B,)"""
+    logits = []
+    for response in (batch["real"], batch["fake"]):
+        with torch.no_grad():                               # the generator stays as it is
+            states = states_for(discriminator, generator, batch["prompt"], response)
+        logits.append(discriminator(batch["prompt"], response, states))
+    return logits
+
+
 @torch.no_grad()
-def evaluate(discriminator, val, autocast):
+def evaluate(discriminator, generator, val, autocast):
     """Accuracy on all held-out reals and fakes, and the mean logit of each."""
     discriminator.eval()                                                # no dropout
     real, fake = [], []
     for batch in val.in_order():
         with autocast():
-            real.append(discriminator(batch["prompt"], batch["real"]))
-            fake.append(discriminator(batch["prompt"], batch["fake"]))
+            real_logit, fake_logit = verdicts(discriminator, generator, batch)
+        real.append(real_logit)
+        fake.append(fake_logit)
     discriminator.train()
     real, fake = torch.cat(real), torch.cat(fake)                       # (N,)
     return {"accuracy": accuracy_of(real, fake).item(),
@@ -171,11 +198,13 @@ def load_reals(config):
 
 def train(config):
     """Runs the stage. Writes config.out_dir/ckpt.pt. Raises InputError for unusable input."""
+    if config.reads not in ("tokens", "states"):
+        raise InputError(f"--reads is tokens or states, not '{config.reads}'")
     device, autocast = setup(config)
     generator = load_model(config.init, device)         # writes the fakes; it is not trained here
     tok, rng = tokenizer_of(generator), make_rng(device, config.seed)
     # Its own copy of the trunk, since it will change.
-    discriminator = Discriminator(load_model(config.init), config.lstm).to(device)
+    discriminator = Discriminator(load_model(config.init), config.lstm, config.reads).to(device)
 
     # -- the same prompts for reals and fakes
     reals = load_reals(config)
@@ -206,15 +235,14 @@ def train(config):
         set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
         batch = batches.next()                                          # {prompt, real, fake}
         with autocast():
-            real = discriminator(batch["prompt"], batch["real"])        # (B,)
-            fake = discriminator(batch["prompt"], batch["fake"])        # (B,)
+            real, fake = verdicts(discriminator, generator, batch)      # (B,) each
         loss = discriminator_loss(real, fake, config.label_smoothing)
         grad_norm = optimizer_step(loss, discriminator, optimizer, config.grad_clip)
 
         if step % config.log_interval == 0 or is_last:
             run.log(loss=loss.item(), grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
-            run.log(**evaluate(discriminator, val, autocast))
+            run.log(**evaluate(discriminator, generator, val, autocast))
 
     save_discriminator(run.folder / "ckpt.pt", discriminator, tok, stage="discriminator")
     run.finish()

@@ -13,15 +13,18 @@ Words are discrete, and sampling has no gradient. There are three ways around th
                 / tau), "straight-through" (arXiv 1611.01144):
                 D's loss -> D's input -> these logits -> G. The earlier tokens of G's input are
                 held fixed. Biased.
-    hidden      D reads the hidden states with which G predicts a text, its own or a real one
-                ("professor forcing", arXiv 1610.09038): D's loss -> states -> G. The choice of
-                tokens gets no gradient, so G can win by moving its states alone.
+    hidden      D reads the hidden states with which G reads a text, its own or a real one, and
+                predicts what comes next ("professor forcing", arXiv 1610.09038): D's loss ->
+                states -> G. The choice of tokens gets no gradient, so G can win by moving its
+                states alone.
 
 Each has a KL penalty to the SFT policy; in gumbel and hidden it is the exact KL of every token's
 distribution.
 
     python gan.py
     python gan.py --estimator gumbel --out_dir runs/gan_gumbel
+    python gan.py --estimator hidden --out_dir runs/gan_hidden \\
+        --disc runs/discriminator_states/ckpt.pt    of discriminator.py --reads states --lstm
 """
 
 from dataclasses import dataclass
@@ -35,12 +38,12 @@ import ppo
 from common import InputError, Options, Run, command_line, make_rng, setup
 from data import Batches, encode_records, format_samples, prompt_batches, tokenizer_of
 from discriminator import (
-    Discriminator,
     accuracy_of,
     discriminator_loss,
     load_discriminator,
     load_reals,
     save_discriminator,
+    states_for,
 )
 from model import load_model, save_model
 from optim import adamw, optimizer_step, set_lr
@@ -50,7 +53,7 @@ from optim import adamw, optimizer_step, set_lr
 class Config(Options):
     out_dir: str = "runs/gan"                                           # the folder of this run
     init: str = "runs/sft/ckpt.pt"              # G starts from here, and its KL is measured to it
-    disc: str = "runs/discriminator/ckpt.pt"    # D starts from here; with hidden from scratch
+    disc: str = "runs/discriminator/ckpt.pt"    # D starts from here; hidden needs --reads states
     data: str = ""              # JSONL of real prompts and completions; '' is the pun world's puns
     corpus_size: int = 20_000   # reals of the pun world
     estimator: str = "reinforce"    # reinforce, gumbel or hidden
@@ -59,6 +62,7 @@ class Config(Options):
     batch_size: int = 256       # responses a round
     minibatch_size: int = 128   # responses a gradient step of G
     d_steps: int = 2            # steps of D a round
+    skip_g_every: int = 0       # every so many rounds only D learns (4: G skips a quarter); 0 never
     d_batch_size: int = 64      # reals, and as many fakes, a step of D
     d_lr: float = 2e-4
     label_smoothing: float = 0.1    # one-sided, for D's reals
@@ -143,29 +147,21 @@ def exact_kl(logits, ref_logits, mask):
 
 def differentiable_loss(policy, reference, discriminator, prompt, response, config, rng=None):
     """G's loss by gumbel or hidden, for sampled responses: mean of kl_coef KL - objective."""
-    hidden = policy.hidden(prompt, response)                            # (B, R, C)
-    logits = policy.head(hidden)                                        # (B, R, V)
+    logits = policy(prompt, response)                                   # (B, R, V)
     with torch.no_grad():
         ref_logits = reference(prompt, response)                        # (B, R, V)
     if config.estimator == "gumbel":
         one_hot = straight_through(logits, response, policy.pad_token_id, config.tau, rng)
         embeddings = soft_embeddings(discriminator.model, response, one_hot)
-        verdict = discriminator(prompt, response, embeddings=embeddings)
+        verdict = discriminator(prompt, response, embeddings=embeddings)    # (B,)
     else:
-        verdict = discriminator(prompt, response, states=hidden)        # (B,)
+        states = states_for(discriminator, policy, prompt, response)        # (B, R, C)
+        verdict = discriminator(prompt, response, states)                   # (B,)
     kl = exact_kl(logits, ref_logits, response != policy.pad_token_id)  # (B,)
     return (config.kl_coef * kl - generator_objective(verdict, config.objective)).mean()
 
 # -----------------------------------------------------------------------------
 # the two players
-
-def states_for(discriminator, policy, prompt, response):
-    """The states that D reads, without a gradient to G; None if it reads tokens. -> (B, R, C)"""
-    if discriminator.reads == "tokens":
-        return None
-    with torch.no_grad():
-        return policy.hidden(prompt, response)
-
 
 def discriminator_step(discriminator, policy, optimizer, real, fake_prompt, fake_response, config,
                        autocast):
@@ -174,8 +170,9 @@ def discriminator_step(discriminator, policy, optimizer, real, fake_prompt, fake
     G gets no gradient, and zero_grad() drops what G's own step left in D."""
     real_prompt, real_response = real["prompt"], real["completion"]
     with autocast():
-        real_states = states_for(discriminator, policy, real_prompt, real_response)
-        fake_states = states_for(discriminator, policy, fake_prompt, fake_response)
+        with torch.no_grad():
+            real_states = states_for(discriminator, policy, real_prompt, real_response)
+            fake_states = states_for(discriminator, policy, fake_prompt, fake_response)
         real_logit = discriminator(real_prompt, real_response, real_states)     # (B,)
         fake_logit = discriminator(fake_prompt, fake_response, fake_states)     # (B,)
     loss = discriminator_loss(real_logit, fake_logit, config.label_smoothing)
@@ -198,6 +195,21 @@ def check_config(config):
         raise InputError(f"--objective is nonsaturating or original, not '{config.objective}'")
 
 
+def load_opponent(config, policy, device):
+    """D, ready to go on learning. Raises InputError if it cannot read what this G writes."""
+    discriminator = load_discriminator(config.disc, device)
+    reads = {"gumbel": "tokens", "hidden": "states"}.get(config.estimator, discriminator.reads)
+    if discriminator.reads != reads:
+        raise InputError(f"{config.disc} reads {discriminator.reads}, but --estimator "
+                         f"{config.estimator} needs a discriminator that reads {reads}; make it "
+                         f"with: python discriminator.py --reads {reads}, and name it with --disc")
+    same_width = discriminator.config.n_embd == policy.config.n_embd or reads == "tokens"
+    if discriminator.tokenizer_fingerprint != policy.tokenizer_fingerprint or not same_width:
+        raise InputError(f"{config.disc} was trained on texts of another model than {config.init}: "
+                         "its tokens, or its width, are different; train it from the same one")
+    return discriminator.train()
+
+
 def train(config):
     """Runs the stage. Writes G to config.out_dir/ckpt.pt and D to discriminator.pt beside it.
     Raises InputError for unusable input."""
@@ -206,11 +218,7 @@ def train(config):
     policy = load_model(config.init, device)
     reference = load_model(config.init, device).requires_grad_(False)
     tok, rng = tokenizer_of(policy), make_rng(device, config.seed)
-    if config.estimator == "hidden":
-        discriminator = Discriminator(policy, reads="states").to(device)
-    else:
-        discriminator = load_discriminator(config.disc, device)
-    discriminator.train()                                               # it keeps learning here
+    discriminator = load_opponent(config, policy, device)
     value_head = nn.Linear(policy.config.n_embd, 1, device=device)
     nn.init.zeros_(value_head.weight)                           # the first values are 0, not noise
     nn.init.zeros_(value_head.bias)
@@ -219,8 +227,7 @@ def train(config):
     d_optimizer = adamw(discriminator, config.d_lr, weight_decay=0.01, betas=(0.5, 0.99))
 
     records, block_size = load_reals(config), policy.config.block_size
-    # D reads one position more than G writes.
-    encoded = encode_records(records, tok, ["prompt", "completion"], block_size - 1)
+    encoded = encode_records(records, tok, ["prompt", "completion"], block_size)
     reals = Batches(encoded, config.d_batch_size, tok.pad_token_id, device, config.seed)
     prompts = prompt_batches(records, config, tok, block_size, device, config.seed + 1)
 
@@ -251,11 +258,12 @@ def train(config):
                                           autocast)
 
         # -- G learns
-        if config.estimator == "reinforce":
+        g_learns = not config.skip_g_every or (step + 1) % config.skip_g_every > 0
+        if g_learns and config.estimator == "reinforce":
             advantages, returns = ppo.compute_advantages(rollout, config, config.kl_coef)
             metrics |= ppo.update(policy, value_head, optimizer, rollout, advantages, returns,
                                   config, autocast)
-        else:
+        elif g_learns:
             for start in range(0, config.batch_size, config.minibatch_size):
                 part = slice(start, start + config.minibatch_size)
                 with autocast():

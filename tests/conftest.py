@@ -12,7 +12,9 @@ import torch
 import common
 import sft
 from data import tokenizer
+from discriminator import Discriminator
 from model import ModelConfig, build_model
+from puns import world
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)    # a second thread costs more than it brings to tiny tensors
@@ -59,6 +61,13 @@ def awake(model):
     return model
 
 
+def disc_of(lstm=False, reads="tokens"):
+    """A toy discriminator whose verdicts differ visibly."""
+    disc = Discriminator(awake(toy()), lstm, reads).eval()
+    torch.nn.init.normal_(disc.classifier.weight)
+    return disc
+
+
 def off():
     """Stands in for `autocast`, and does nothing."""
     return contextlib.nullcontext()
@@ -68,6 +77,12 @@ def records(path, rows):
     """Writes rows (dicts) as a JSONL file. Returns its path as text, as options have it."""
     common.write_jsonl(path, rows)
     return str(path)
+
+
+def owls(n, first=0):
+    """Records of real texts that no tiny model writes: an owl, a few times, about n things."""
+    return [{"prompt": world().prompt(thing), "completion": " An owl!" + " Oh!" * (i % 3)}
+            for i, thing in enumerate(world().things[first:first + n])]
 
 
 def pairs(folder, n=20):

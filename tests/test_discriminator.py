@@ -1,11 +1,12 @@
 """The discriminator: what it reads, its loss by hand, and that it tells real texts from fakes."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn as nn
-from conftest import EOS, PAD, awake, close, ids, off, records, tiny, toy
+from conftest import PAD, PROMPT, RESPONSE, awake, close, disc_of, off, owls, records, tiny, toy
 
 import discriminator
 from common import InputError, read_jsonl
@@ -16,23 +17,14 @@ from discriminator import (
     discriminator_loss,
     load_discriminator,
     save_discriminator,
+    states_for,
+    verdicts,
 )
 from model import load_model
 from puns import world
 
-PROMPT = ids([PAD, 1, 2], [3, 4, 5], [PAD, PAD, 6])
-RESPONSE = ids([6, 7, EOS, PAD, PAD], [8, EOS, PAD, PAD, PAD], [9, 9, 9, 9, EOS])
 MASK = RESPONSE != PAD
-
 KINDS = [(lstm, reads) for lstm in (False, True) for reads in ("tokens", "states")]
-
-
-def disc_of(lstm=False, reads="tokens", seed=0):
-    """A discriminator whose verdicts differ visibly."""
-    torch.manual_seed(seed)
-    disc = Discriminator(awake(toy(seed)), lstm, reads).eval()
-    nn.init.normal_(disc.classifier.weight)
-    return disc
 
 # -----------------------------------------------------------------------------
 # what it reads
@@ -41,65 +33,66 @@ def disc_of(lstm=False, reads="tokens", seed=0):
 def test_padding_changes_no_verdict(lstm, reads):
     """Nor does what else is in the batch. One logit a response, (B,), for any B."""
     disc = disc_of(lstm, reads)
-    states = awake(toy(seed=3)).hidden(PROMPT, RESPONSE)
+    states = torch.randn(3, 4, 32)
     logits = disc(PROMPT, RESPONSE, states)
     assert logits.shape == (3,) and logits.dtype == torch.float32
     wide = torch.cat([RESPONSE, torch.full((3, 4), PAD)], dim=1)
     left = torch.cat([torch.full((3, 2), PAD), PROMPT], dim=1)
     garbage = states.masked_fill(~MASK[..., None], 7.0)
     garbage = torch.cat([garbage, torch.full((3, 4, 32), -3.0)], dim=1)
-    for prompt, response in ((PROMPT, wide), (left, RESPONSE), (left, wide)):
-        close(disc(prompt, response, garbage[:, :response.size(1)]), logits)
-    close(disc(ids([1, 2]), ids([6, 7, EOS]), states[:1, :3]), logits[:1])
-    close(disc(ids([3, 4, 5]), ids([8, EOS]), states[1:2, :2]), logits[1:2])
-
-
-@pytest.mark.parametrize("lstm", [False, True])
-def test_the_verdict_depends_on_prompt_and_every_token(lstm):
-    disc = disc_of(lstm)
-    logit = disc(ids([1, 2]), ids([6, 7, EOS]))
-    for prompt, response in (([1, 3], [6, 7, EOS]), ([1, 2], [5, 7, EOS]), ([1, 2], [6, 5, EOS]),
-                             ([1, 2], [6, 7, 5])):
-        assert (disc(ids(prompt), ids(response)) - logit).abs() > 1e-4, (prompt, response)
-
-
-@pytest.mark.parametrize("lstm", [False, True])
-def test_the_verdict_depends_on_every_state(lstm):
-    disc, states = disc_of(lstm, "states"), torch.randn(3, 5, 32, requires_grad=True)
-    disc(PROMPT, RESPONSE, states).sum().backward()
-    size = states.grad.abs().sum(-1)
-    assert (size[MASK] > 1e-6).all() and (size[~MASK] == 0).all()
-
-
-@pytest.mark.parametrize("lstm", [False, True])
-def test_embeddings_are_read_as_their_tokens(lstm):
-    """The same verdict, and a gradient to those of every real token, the last one included."""
-    disc = disc_of(lstm)
-    embeddings = disc.model.embed(RESPONSE).detach().requires_grad_()
-    logits = disc(PROMPT, RESPONSE, embeddings=embeddings)
-    close(logits, disc(PROMPT, RESPONSE))
-    logits.sum().backward()
-    size = embeddings.grad.abs().sum(-1)
-    assert (size[MASK] > 1e-6).all() and (size[~MASK] == 0).all()
-
-
-@pytest.mark.parametrize("reads", ["tokens", "states"])
-def test_a_new_discriminator_is_a_coin(reads):
-    """Its classifier starts small, so its loss starts near ln 2 = .693."""
-    model = toy()
-    disc, states = Discriminator(model, reads=reads), model.hidden(PROMPT, RESPONSE)
-    real = disc(PROMPT, RESPONSE, states)
-    fake = disc(PROMPT, RESPONSE.roll(1, 0), states.roll(1, 0))
-    assert discriminator_loss(real, fake).item() == pytest.approx(math.log(2), abs=0.05)
+    close(disc(left, wide, garbage), logits)
+    close(disc(PROMPT[:1, 2:], RESPONSE[:1, :3], states[:1, :3]), logits[:1])
 
 
 @pytest.mark.parametrize("lstm, reads", KINDS)
-def test_a_discriminator_comes_back_from_its_file(tmp_path, tok, lstm, reads):
-    disc, states = disc_of(lstm, reads), torch.randn(3, 5, 32)
+def test_the_verdict_depends_on_every_token(lstm, reads):
+    """And on the prompt, by way of tokens or of states."""
+    disc, generator = disc_of(lstm, reads), awake(toy(seed=3))
+
+    def verdict(*tokens):
+        prompt, response = torch.tensor([tokens[:2]]), torch.tensor([tokens[2:]])
+        return disc(prompt, response, states_for(disc, generator, prompt, response))
+
+    logit = verdict(1, 2, 6, 7, 11)
+    for i in range(5):
+        tokens = [1, 2, 6, 7, 11]
+        tokens[i] -= 1
+        assert (verdict(*tokens) - logit).abs() > 1e-4, i
+
+
+def test_states_have_read_the_token():
+    """[:, t] is the state that has read response[:, :t + 1], and predicts what comes next."""
+    disc, generator = disc_of(reads="states"), awake(toy(seed=3))
+    states = states_for(disc, generator, PROMPT, RESPONSE)
+    close(states[:, :-1], generator.hidden(PROMPT, RESPONSE)[:, 1:])
+    again = torch.cat([PROMPT[1:2], RESPONSE[1:2]], dim=1)          # no pads: all is prompt
+    close(states[1, -1], generator.hidden(again, torch.tensor([[0]]))[0, 0])
+    assert states_for(disc_of(), generator, PROMPT, RESPONSE) is None
+
+
+@pytest.mark.parametrize("lstm, reads", KINDS)
+def test_a_gradient_reaches_what_it_reads(lstm, reads):
+    """The embeddings in place of the tokens, or the states: all real ones, no pad."""
+    disc = disc_of(lstm, reads)
+    x = torch.randn(3, 4, 32) if reads == "states" else disc.model.embed(RESPONSE).detach()
+    x.requires_grad_()
+    logits = disc(PROMPT, RESPONSE, **{"states" if reads == "states" else "embeddings": x})
+    if reads == "tokens":
+        close(logits, disc(PROMPT, RESPONSE))
+    logits.sum().backward()
+    size = x.grad.abs().sum(-1)
+    assert (size[MASK] > 1e-6).all() and (size[~MASK] == 0).all()
+
+
+@pytest.mark.parametrize("lstm, reads", KINDS)
+def test_a_discriminator_starts_as_a_coin_and_comes_back_from_its_file(tmp_path, tok, lstm, reads):
+    disc, states = Discriminator(toy(), lstm, reads).eval(), torch.randn(3, 4, 32)
+    logits = disc(PROMPT, RESPONSE, states)
+    assert discriminator_loss(logits, logits.roll(1)).item() == pytest.approx(.693, abs=0.05)
     save_discriminator(tmp_path / "ckpt.pt", disc, tok)
     again = load_discriminator(tmp_path / "ckpt.pt")
-    assert torch.equal(again(PROMPT, RESPONSE, states), disc(PROMPT, RESPONSE, states))
-    assert not again.training and again.reads == reads
+    assert torch.equal(again(PROMPT, RESPONSE, states), logits)
+    assert not again.training and again.reads == reads and (again.lstm is None) == (not lstm)
     with pytest.raises(InputError, match="make it with: python discriminator.py"):
         load_discriminator(tmp_path / "discriminator" / "ckpt.pt")
 
@@ -125,61 +118,50 @@ def test_the_loss_by_hand():
         discriminator_loss(torch.zeros(3), torch.zeros(3, 1))
 
 
-def test_accuracy_by_hand():
-    """Two of three reals, one of two fakes: (2/3 + 1/2) / 2. A logit of 0 is no real."""
-    found = accuracy_of(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 3.0]))
-    assert found.item() == pytest.approx((2 / 3 + 1 / 2) / 2)
-
-
-def test_evaluation_counts_all_records():
-    """300 records, more than a batch of 256: all reals are right, and 270 of the fakes."""
+def test_evaluation_by_hand():
+    """300 records, more than a batch of 256: 290 reals are right, and 270 of the fakes; a logit of
+    0 is no real."""
     class Fixed(nn.Module):
-        def forward(self, prompt, response):
-            fake = torch.where(prompt[:, 0] < 270, -2.0, 4.0)
-            return torch.where(response[:, 0] == 2, fake, 1.0)
+        reads = "tokens"
+
+        def forward(self, prompt, response, states):
+            fake = torch.where(prompt[:, 0] < 270, 0.0, 4.0)
+            real = torch.where(prompt[:, 0] < 290, 1.0, 0.0)
+            return torch.where(response[:, 0] == 2, fake, real)
 
     encoded = {"prompt": torch.arange(300)[:, None], "real": torch.ones(300, 1),
                "fake": torch.full((300, 1), 2)}
     disc = Fixed()
-    metrics = discriminator.evaluate(disc, Batches(encoded, 1, 999, "cpu", 0), off)
-    expected = {"accuracy": .95, "real_logit": 1.0, "fake_logit": (-2 * 270 + 4 * 30) / 300}
+    metrics = discriminator.evaluate(disc, None, Batches(encoded, 1, 999, "cpu", 0), off)
+    expected = {"accuracy": (29 / 30 + 27 / 30) / 2, "real_logit": 29 / 30, "fake_logit": .4}
     assert metrics == pytest.approx(expected) and disc.training
 
 # -----------------------------------------------------------------------------
 # the stage
 
-def reals(n, first=0):
-    """Real texts that no fake looks like: an owl, a few times."""
-    things = world().things[first:first + n]
-    return [{"prompt": world().prompt(thing), "completion": " An owl!" + " Oh!" * (i % 3)}
-            for i, thing in enumerate(things)]
-
-
 def run_of(folder, sft_ckpt, rows=None, **changes):
     """A short run. Returns (metrics, the discriminator)."""
-    data = records(folder / "reals.jsonl", rows or reals(40))
+    data = records(folder / "reals.jsonl", rows or owls(40))
     sizes = dict(data=data, batch_size=16, max_steps=25, lr=5e-3, eval_interval=25)
     discriminator.train(tiny(discriminator, folder, sft_ckpt, **sizes | changes))
     return read_jsonl(folder / "metrics.jsonl"), load_discriminator(folder / "ckpt.pt")
 
 
-@pytest.mark.parametrize("lstm", [False, True])
-def test_it_tells_real_texts_from_fakes(tmp_path, sft_ckpt, tok, lstm):
+@pytest.mark.parametrize("lstm, reads", KINDS)
+def test_it_tells_real_texts_from_fakes(tmp_path, sft_ckpt, tok, lstm, reads):
     """On held-out texts, and, loaded again, on new ones."""
-    metrics, disc = run_of(tmp_path, sft_ckpt, lstm=lstm)
+    metrics, disc = run_of(tmp_path, sft_ckpt, lstm=lstm, reads=reads)
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=0.1)
     assert metrics[-2]["loss"] < 0.4 and metrics[-1]["accuracy"] > 0.8
     assert metrics[-1]["real_logit"] > 0.5 and metrics[-1]["fake_logit"] < -0.5
-    rows = reals(30, first=50)
+    rows, generator = owls(30, first=50), load_model(sft_ckpt)
     prompts = [row["prompt"] for row in rows]
-    fakes = complete(load_model(sft_ckpt), tok, prompts, torch.Generator().manual_seed(7), off)
+    fakes = complete(generator, tok, prompts, torch.Generator().manual_seed(7), off)
     for row, fake in zip(rows, fakes, strict=True):
-        row["fake"] = fake + " "                # an empty text is no record
-    encoded = encode_records(rows, tok, ["prompt", "completion", "fake"], 48)
-    encoded = {field: encoded[field].long() for field in encoded}
-    with torch.no_grad():
-        real, fake = (disc(encoded["prompt"], encoded[field]) for field in ("completion", "fake"))
-    assert accuracy_of(real, fake) > 0.8
+        row |= {"real": row["completion"], "fake": fake + " "}      # an empty text is no record
+    encoded = encode_records(rows, tok, ["prompt", "real", "fake"], 48)
+    batch = {field: encoded[field].long() for field in encoded}
+    assert accuracy_of(*verdicts(disc, generator, batch)) > 0.8
 
 
 def test_fakes_answer_the_prompts_of_the_reals(tmp_path, sft_ckpt, tok, monkeypatch):
@@ -191,15 +173,8 @@ def test_fakes_answer_the_prompts_of_the_reals(tmp_path, sft_ckpt, tok, monkeypa
             seen.append(encoded)
             super().__init__(encoded, *args)
 
-    prompts, respond = [], discriminator.respond
-
-    def respond_and_note(model, tok, texts, *args):
-        prompts.extend(texts)
-        return respond(model, tok, texts, *args)
-
     monkeypatch.setattr(discriminator, "Batches", Noted)
-    monkeypatch.setattr(discriminator, "respond", respond_and_note)
-    rows = reals(40)
+    rows = owls(40)
     run_of(tmp_path, sft_ckpt, rows, max_steps=1)
     train, val = seen
     assert len(train["prompt"]) == 32 and len(val["prompt"]) == 8       # a fifth is held out
@@ -207,40 +182,53 @@ def test_fakes_answer_the_prompts_of_the_reals(tmp_path, sft_ckpt, tok, monkeypa
              for values in zip(*encoded.values(), strict=True)]
     assert [tok.decode(row["prompt"]) for row in noted] == [row["prompt"] for row in rows]
     assert [tok.decode(row["real"]) for row in noted] == [row["completion"] for row in rows]
-    assert prompts == [row["prompt"] for row in rows]
     assert len({tok.decode(row["fake"]) for row in noted}) > 20
-    pad, eos = tok.pad_token_id, tok.eos_token_id
+    generator = load_model(sft_ckpt)
+    rng = torch.Generator().manual_seed(1337)
+    assert [tok.decode(row["fake"]) for row in noted] == complete(
+        generator, tok, [row["prompt"] for row in rows], rng, off)
     for row in noted:
-        assert eos in row["real"]
-        assert eos in row["fake"] or (row["fake"] != pad).sum() == 32
+        assert tok.eos_token_id in row["real"]
+        assert tok.eos_token_id in row["fake"] or (row["fake"] != tok.pad_token_id).sum() == 32
 
 
 def test_val_data_is_what_is_held_out(tmp_path, sft_ckpt):
     """Held-out "reals" that look like no training text are taken for fakes."""
     texts = complete(load_model(sft_ckpt), tokenizer_of(load_model(sft_ckpt)),
-                     [row["prompt"] for row in reals(20)], None, off)
-    rows = [row | {"completion": text + " "} for row, text in zip(reals(20), texts, strict=True)]
+                     [row["prompt"] for row in owls(20)], None, off)
+    rows = [row | {"completion": text + " "} for row, text in zip(owls(20), texts, strict=True)]
     val_data = records(tmp_path / "val.jsonl", rows)
     metrics, _ = run_of(tmp_path, sft_ckpt, val_data=val_data)
     assert metrics[-1]["accuracy"] < 0.7 and metrics[-1]["real_logit"] < -0.5
 
 
-def test_options_of_the_optimizer(tmp_path, sft_ckpt):
-    """What each of them does to the weights after one step from the same start."""
+def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):
+    """The weights after one step from the same start, by hand where that is easy."""
     def weights(**changes):
-        sizes = dict(max_steps=1, lr=1e-2, weight_decay=0.0, batch_size=32, lstm=True) | changes
-        return dict(run_of(tmp_path, sft_ckpt, **sizes)[1].named_parameters())
+        sizes = dict(max_steps=1, lr=1e-2, weight_decay=0.0, batch_size=16, warmup_steps=0)
+        return dict(run_of(tmp_path, sft_ckpt, **sizes | changes)[1].named_parameters())
 
     start, plain, decayed = weights(lr=0.0), weights(), weights(weight_decay=0.1)
-    clipped, smooth = weights(grad_clip=1e-10), weights(label_smoothing=0.9)
     for name, w in start.items():
         assert not torch.equal(plain[name], w)
-        decay = 1e-2 * 0.1 * w if w.dim() == 2 else 0
-        close(decayed[name], plain[name] - decay, atol=1e-6)
-    head = [x["classifier.weight"] for x in (start, plain, clipped)]
-    assert (head[1] - head[0]).abs().max() > 0.9e-2 and (head[2] - head[0]).abs().max() < 1e-3
+        close(decayed[name], plain[name] - (1e-3 * w if w.dim() == 2 else 0), atol=1e-6)
+    clipped = weights(grad_clip=1e-10)["classifier.weight"] - start["classifier.weight"]
+    assert clipped.abs().max() < 1e-3
     # With targets of .1 and 0, the bias falls; with 1 and 0 it stays about where it was.
-    assert smooth["classifier.bias"] < -0.9e-2
+    assert weights(label_smoothing=0.9)["classifier.bias"] < -0.9e-2
+    table = [dict(batch_size=8), dict(seed=1), dict(max_steps=2), dict(warmup_steps=9)]
+    for changes in table:
+        assert not torch.equal(weights(**changes)["classifier.weight"], plain["classifier.weight"])
+    metrics, _ = run_of(tmp_path, sft_ckpt, max_steps=4, eval_interval=2, log_interval=3)
+    assert [row["step"] for row in metrics if "loss" in row] == [1, 4]
+    assert [row["step"] for row in metrics if "accuracy" in row] == [2, 4]
+    with pytest.raises(InputError, match="--reads is tokens or states, not 'logits'"):
+        run_of(tmp_path, sft_ckpt, reads="logits")
+    here = {"lr", "weight_decay", "grad_clip", "label_smoothing", "eval_interval", "log_interval"}
+    above = {"data", "val_data", "lstm", "reads", "init", "out_dir"}
+    elsewhere = {"corpus_size", "device", "dtype"}              # below, and test_stages.py
+    fields = {field.name for field in dataclasses.fields(discriminator.Config)}
+    assert set().union(*table) | here | above | elsewhere == fields
 
 
 def test_reals_of_the_pun_world_are_puns():
@@ -249,6 +237,8 @@ def test_reals_of_the_pun_world_are_puns():
     assert all(world().judge(row["prompt"], row["completion"]).pun for row in rows)
 
 
-def test_fakes_that_fill_the_block_fit(tmp_path, sft_ckpt):
+@pytest.mark.parametrize("reads", ["tokens", "states"])
+def test_fakes_that_fill_the_block_fit(tmp_path, sft_ckpt, reads):
     """Prompts of 40 tokens leave 8 for a fake, and many a fake has no end token then."""
-    run_of(tmp_path, sft_ckpt, [{"prompt": "1 " * 20, "completion": " no"}] * 20, max_steps=1)
+    rows = [{"prompt": "1 " * 20, "completion": " no"}] * 20
+    run_of(tmp_path, sft_ckpt, rows, max_steps=1, reads=reads)

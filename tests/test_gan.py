@@ -1,33 +1,24 @@
 """The GAN: the path of G's gradient by each estimator, the two players, and who learns what."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, EOS, PAD, awake, close, ids, off, records, tiny, toy
+from conftest import PAD, PROMPT, RESPONSE, awake, close, disc_of, off, owls, records, tiny, toy
 
 import discriminator
 import gan
 from common import InputError, read_jsonl
-from data import measure, tokenizer_of
-from discriminator import Discriminator, load_discriminator
-from model import load_model
+from data import respond, tokenizer_of
+from discriminator import load_discriminator, states_for
+from model import load_model, logprobs
 from optim import adamw
 
-PROMPT = ids([PAD, 1, 2], [3, 4, 5], [PAD, PAD, 6])
-RESPONSE = ids([6, 7, EOS, PAD, PAD], [8, EOS, PAD, PAD, PAD], [9, 9, 9, 9, EOS])
 MASK = RESPONSE != PAD
-
-
-def disc_of(reads="tokens", seed=0):
-    """A discriminator whose verdicts differ visibly."""
-    torch.manual_seed(seed)
-    disc = Discriminator(awake(toy(seed)), reads=reads).eval()
-    nn.init.normal_(disc.classifier.weight)
-    return disc
 
 
 def reads_of(estimator):
@@ -35,7 +26,7 @@ def reads_of(estimator):
 
 
 def config(**changes):
-    sizes = dict(batch_size=8, minibatch_size=4, max_new_tokens=6, warmup_steps=0, **CPU)
+    sizes = dict(batch_size=8, minibatch_size=4, max_new_tokens=6)
     return gan.Config(**(sizes | changes))
 
 
@@ -64,18 +55,17 @@ def test_objectives_by_hand():
 
 def test_exact_kl_is_that_of_torch():
     torch.manual_seed(0)
-    a, b = torch.randn(3, 5, 7), torch.randn(3, 5, 7)
+    a, b = torch.randn(2, 3, 4, 7)
     pi, ref = (torch.distributions.Categorical(logits=x) for x in (a, b))
     exact = (torch.distributions.kl_divergence(pi, ref) * MASK).sum(dim=1)
     close(gan.exact_kl(a, b, MASK), exact)
     close(gan.exact_kl(a.masked_fill(~MASK[..., None], 3.0), b, MASK), exact)
-    assert (gan.exact_kl(a, a, MASK) == 0).all()
 
 
 def test_gumbel_noise_given_the_sample():
     """Draw a token, then the noise that would have led to it: the token has the largest perturbed
-    log-prob, and all in all the noise is Gumbel: CDF exp(-exp(-x)), mean .5772, variance pi^2 / 6,
-    coordinates independent. 100,000 draws have standard errors of .0016, .004, .006 and .003."""
+    log-prob, and all in all the noise is Gumbel: CDF exp(-exp(-x)), coordinates independent.
+    100,000 draws have standard errors of .0016 and .003."""
     rng = rng_of()
     logp = torch.tensor([.5, .3, .15, .05]).log().expand(100_000, 4)
     token = torch.multinomial(logp.exp(), 1, generator=rng)[:, 0]
@@ -85,8 +75,6 @@ def test_gumbel_noise_given_the_sample():
     for x in (-1.0, 0.0, .5, 1.0, 3.0):
         cdf = torch.full((4,), math.exp(-math.exp(-x)))
         close((noise <= x).float().mean(0), cdf, atol=.007)
-    close(noise.mean(0), torch.full((4,), .5772), atol=.02)
-    close(noise.var(0), torch.full((4,), math.pi ** 2 / 6), atol=.05)
     assert (torch.corrcoef(noise.T) - torch.eye(4)).abs().max() < .015
 
 
@@ -95,7 +83,7 @@ def test_straight_through(tau):
     """Forward: one-hot vectors, zeros on pads. Backward: the softmax, d s . w / d z =
     s (w - s . w) / tau, with z the perturbed log-probs; nothing on pads."""
     torch.manual_seed(0)
-    logits, weight = torch.randn(3, 5, PAD, requires_grad=True), torch.randn(PAD)
+    logits, weight = torch.randn(3, 4, PAD, requires_grad=True), torch.randn(PAD)
     vectors = gan.straight_through(logits, RESPONSE, PAD, tau, rng_of(1))
     token = RESPONSE.masked_fill(~MASK, 0)
     close(vectors, F.one_hot(token, PAD) * MASK[..., None].float(), atol=1e-6)
@@ -103,68 +91,58 @@ def test_straight_through(tau):
     z = gan.gumbel_given_sample(logits.detach().log_softmax(-1), token, rng_of(1))
     s = (z / tau).softmax(-1)
     by_hand = s * (weight - (s @ weight)[..., None]) / tau
-    close(logits.grad[MASK], by_hand[MASK], atol=1e-4)
-    assert (logits.grad[~MASK] == 0).all()
+    close(logits.grad, by_hand * MASK[..., None], atol=1e-4)
 
 
 def test_soft_embeddings_have_the_value_of_the_tokens():
     """And the gradient of the one-hot vectors, by way of the embedding."""
-    model, one_hot = awake(toy()), torch.rand(3, 5, PAD, requires_grad=True)
+    model, one_hot = toy(), torch.rand(3, 4, PAD, requires_grad=True)
     embeddings = gan.soft_embeddings(model, RESPONSE, one_hot)
     close(embeddings, model.embed(RESPONSE))
     embeddings[..., 0].sum().backward()
-    close(one_hot.grad, model.wte.weight[:, 0].expand(3, 5, PAD))
+    close(one_hot.grad, model.wte.weight[:, 0].expand(3, 4, PAD))
 
 # -----------------------------------------------------------------------------
 # the path of the gradient
 
-def noted(policy):
-    """Keeps the hidden states and logits that the policy computes, with their gradients."""
-    seen = {}
+@pytest.mark.parametrize("estimator", ["gumbel", "hidden"])
+@pytest.mark.parametrize("objective", ["nonsaturating", "original"])
+def test_the_path_of_the_gradient(monkeypatch, estimator, objective):
+    """Without a KL penalty. gumbel: D's loss -> its input -> the logits of every token -> G.
+    hidden: the states that have read a token, and no logits."""
+    policy, seen = awake(toy(3)), {}
 
-    def note(name, function):
+    def note(name):
+        function = getattr(policy, name)
+
         def call(*args):
             seen[name] = function(*args)
             if seen[name].requires_grad:
                 seen[name].retain_grad()
             return seen[name]
-        return call
+        monkeypatch.setattr(policy, name, call)
 
-    policy.hidden, policy.head = note("hidden", policy.hidden), note("logits", policy.head)
-    return seen
-
-
-@pytest.mark.parametrize("objective", ["nonsaturating", "original"])
-def test_gumbel_reaches_the_logits_of_every_token(objective):
-    """D's loss -> its input -> logits -> G, without a KL penalty."""
-    policy = awake(toy(seed=3))
-    seen = noted(policy)
-    cfg = config(estimator="gumbel", kl_coef=0.0, objective=objective)
-    loss_of(policy, toy(), disc_of(), cfg).backward()
-    size = seen["logits"].grad.abs().sum(-1)
+    note("hidden")
+    note("head")
+    cfg = config(estimator=estimator, kl_coef=0.0, objective=objective)
+    loss_of(policy, toy(), disc_of(reads=reads_of(estimator)), cfg).backward()
+    if estimator == "gumbel":
+        size = seen["head"].grad.abs().sum(-1)
+    else:
+        assert seen["head"].grad is None or (seen["head"].grad == 0).all()
+        assert (seen["hidden"].grad[:, 0] == 0).all()           # it has read the prompt alone
+        size = seen["hidden"].grad[:, 1:].abs().sum(-1)
     assert (size[MASK] > 1e-8).all() and (size[~MASK] == 0).all()
     assert all(p.grad.abs().sum() > 0 for p in policy.h.parameters())
-
-
-def test_hidden_reaches_the_states_and_not_the_logits():
-    policy = awake(toy(seed=3))
-    seen = noted(policy)
-    cfg = config(estimator="hidden", kl_coef=0.0)
-    loss_of(policy, toy(), disc_of("states"), cfg).backward()
-    size = seen["hidden"].grad.abs().sum(-1)
-    assert (size[MASK] > 1e-8).all() and (size[~MASK] == 0).all()
-    assert seen["logits"].grad is None or (seen["logits"].grad == 0).all()
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", "hidden"])
 def test_the_loss_is_kl_minus_objective(estimator):
     """A second computation, with D reading what the policy wrote, or its states."""
-    policy, reference = awake(toy(seed=3)), awake(toy(seed=4))
-    disc = disc_of(reads_of(estimator))
-    cfg = config(estimator=estimator, kl_coef=0.5)
-    loss = loss_of(policy, reference, disc, cfg)
+    policy, reference, disc = awake(toy(3)), awake(toy(4)), disc_of(reads=reads_of(estimator))
+    loss = loss_of(policy, reference, disc, config(estimator=estimator, kl_coef=0.5))
     kl = gan.exact_kl(policy(PROMPT, RESPONSE), reference(PROMPT, RESPONSE), MASK)
-    verdict = disc(PROMPT, RESPONSE, policy.hidden(PROMPT, RESPONSE))
+    verdict = disc(PROMPT, RESPONSE, states_for(disc, policy, PROMPT, RESPONSE))
     close(loss, (0.5 * kl - F.logsigmoid(verdict)).mean(), atol=1e-4)
     loss.backward()
     assert all(p.grad is None for p in reference.parameters())
@@ -176,23 +154,18 @@ def test_the_loss_is_kl_minus_objective(estimator):
 def test_a_step_of_d_and_a_step_of_g_do_not_mix(estimator):
     """G's backward pass leaves a gradient in D, and D's step drops it: it does what it does to a
     D that G never used. It gives G no gradient."""
-    policy, fresh = awake(toy(seed=3)), disc_of(reads_of(estimator))
-    used, cfg = copy.deepcopy(fresh), config(estimator=estimator)
+    policy, fresh = awake(toy(3)), disc_of(reads=reads_of(estimator))
+    used, start, cfg = copy.deepcopy(fresh), copy.deepcopy(fresh), config(estimator=estimator)
     loss_of(policy, toy(), used, cfg).backward()
     assert any(p.grad is not None and p.grad.any() for p in used.parameters())
     policy.zero_grad(set_to_none=True)
-    before, metrics = copy.deepcopy(policy), []
     for disc in (fresh, used):
         optimizer = adamw(disc, 1e-2, 0.01, betas=(0.5, 0.99))
         real = {"prompt": PROMPT, "completion": RESPONSE}
-        metrics.append(gan.discriminator_step(disc, policy, optimizer, real, PROMPT,
-                                              RESPONSE.flip(0), cfg, off))
-    assert metrics[0] == metrics[1]
+        gan.discriminator_step(disc, policy, optimizer, real, PROMPT, RESPONSE.flip(0), cfg, off)
     assert all(map(torch.equal, fresh.parameters(), used.parameters()))
-    start = disc_of(reads_of(estimator))
-    assert not all(map(torch.equal, fresh.parameters(), start.parameters()))
+    assert not any(map(torch.equal, fresh.parameters(), start.parameters()))
     assert all(p.grad is None for p in policy.parameters())
-    assert all(map(torch.equal, policy.parameters(), before.parameters()))
 
 
 def test_a_step_of_d_is_logged_by_hand():
@@ -208,10 +181,10 @@ def test_a_step_of_d_is_logged_by_hand():
             return self.table[response[:, 0]]
 
     disc = Fixed()
-    real = {"prompt": PROMPT, "completion": ids([1], [1], [2])}
+    real = {"prompt": PROMPT, "completion": torch.tensor([[1], [1], [2]])}
     cfg = config(label_smoothing=0.0, grad_clip=0.0)
     optimizer = torch.optim.SGD(disc.parameters(), lr=1.0)
-    fake = ids([3], [4], [3])
+    fake = torch.tensor([[3], [4], [3]])
     found = gan.discriminator_step(disc, None, optimizer, real, PROMPT, fake, cfg, off)
 
     def cost(x):
@@ -229,100 +202,117 @@ def test_d_sees_the_responses_of_a_round_in_turn():
     rows = [gan.rows_of_step(k, cfg).tolist() for k in range(3)]
     assert rows == [[0, 1, 2], [3, 4, 5], [6, 7, 0]]
 
-
 # -----------------------------------------------------------------------------
 # the stage
 
-REALS = [{"prompt": f"About a {name}:", "completion": " An owl!" + " Oh!" * (i % 3)}
-         for i, name in enumerate(["banker", "baker", "pilot", "owl", "tailor", "doctor"] * 6)]
-
-
 @pytest.fixture(scope="module")
-def disc(tmp_path_factory, sft_ckpt):
-    """A discriminator that has seen little: it takes short texts for real."""
-    folder = tmp_path_factory.mktemp("discriminator")
-    discriminator.train(tiny(discriminator, folder, sft_ckpt, lr=3e-3, max_steps=8,
-                             data=records(folder / "reals.jsonl", REALS)))
-    return str(folder / "ckpt.pt")
+def discs(tmp_path_factory, sft_ckpt):
+    """{what it reads: a discriminator that has seen little, and takes short texts for real}."""
+    paths = {}
+    for reads in ("tokens", "states"):
+        folder = tmp_path_factory.mktemp(reads)
+        discriminator.train(tiny(discriminator, folder, sft_ckpt, lr=3e-3, max_steps=8, reads=reads,
+                                 lstm=reads == "states",
+                                 data=records(folder / "reals.jsonl", owls(36))))
+        paths[reads] = str(folder / "ckpt.pt")
+    return paths
 
 
-def run_of(folder, sft_ckpt, disc, **changes):
+def run_of(folder, sft_ckpt, discs, estimator="reinforce", **changes):
     """A short run. Returns {name: its values, step by step}."""
-    sizes = dict(data=records(folder / "reals.jsonl", REALS), disc=disc, batch_size=32, lr=3e-3,
-                 minibatch_size=16, d_batch_size=16, max_steps=10, sample_interval=50,
-                 max_new_tokens=8, kl_coef=0.01, missing_eos_penalty=0.0)
+    sizes = dict(data=records(folder / "reals.jsonl", owls(36)), disc=discs[reads_of(estimator)],
+                 batch_size=32, lr=3e-3, minibatch_size=16, d_batch_size=16, max_steps=10,
+                 sample_interval=50, max_new_tokens=8, kl_coef=0.01, missing_eos_penalty=0.0,
+                 estimator=estimator)
     gan.train(tiny(gan, folder, sft_ckpt, **sizes | changes))
     rows = read_jsonl(folder / "metrics.jsonl")
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: [row[name] for row in rows if name in row] for name in rows[0]}
 
 
 @torch.no_grad()
 def measured(policy, start, disc):
-    """(mean kl to the start, mean logit of D, or None) of samples of a policy."""
-    tok = tokenizer_of(policy)
-    rows = measure(policy, start, tok, ["About a banker:"] * 128, rng_of(), off, disc)
-    logits = [row["score"] for row in rows if "score" in row]
-    return sum(row["kl"] for row in rows) / 128, sum(logits) / max(len(logits), 1)
+    """(mean kl to the start, mean logit of D) of samples of a policy."""
+    prompts = ["About a banker:"] * 128
+    for prompt, response in respond(policy, tokenizer_of(policy), prompts, rng_of(), off):
+        logp, ref_logp = (logprobs(model, prompt, response) for model in (policy, start))
+        logits = disc(prompt, response, states_for(disc, policy, prompt, response))
+    return (logp - ref_logp).sum(dim=1).mean().item(), logits.mean().item()
 
 
 @pytest.mark.parametrize("estimator", ["reinforce", "gumbel", "hidden"])
-def test_g_learns_what_d_takes_for_real(tmp_path, sft_ckpt, disc, estimator):
+def test_g_learns_what_d_takes_for_real(tmp_path, sft_ckpt, discs, estimator):
     """D stands still: what G wants of it rises, and D, loaded again, believes its new texts more.
     The KL is that to the start."""
-    found = run_of(tmp_path, sft_ckpt, disc, estimator=estimator, d_steps=0)
+    found = run_of(tmp_path, sft_ckpt, discs, estimator, d_steps=0)
     assert found["objective"][-1] > found["objective"][0] + 0.01
     assert found["kl"][0] == pytest.approx(0, abs=1e-4) and found["kl"][-1] > 0.1
-    judge = None if estimator == "hidden" else load_discriminator(disc)
+    judge = load_discriminator(discs[reads_of(estimator)])
     start, policy = load_model(sft_ckpt), load_model(tmp_path / "ckpt.pt")
     (_, before), (kl, after) = (measured(model, start, judge) for model in (start, policy))
-    assert kl > 0.3 * found["kl"][-1]
-    assert after > before + 0.2 or estimator == "hidden"
-    assert "d_loss" not in found
+    assert kl > 0.3 * found["kl"][-1] and after > before + 0.2 and "d_loss" not in found
     unchanged = load_discriminator(tmp_path / "discriminator.pt")
-    if estimator != "hidden":
-        assert all(map(torch.equal, unchanged.parameters(), load_discriminator(disc).parameters()))
+    assert all(map(torch.equal, unchanged.parameters(), judge.parameters()))
 
 
 @pytest.mark.parametrize("estimator", ["reinforce", "hidden"])
-def test_d_goes_on_learning(tmp_path, sft_ckpt, disc, estimator):
-    """G stands still: D starts near a coin and ends by telling its texts from reals."""
-    found = run_of(tmp_path, sft_ckpt, disc, estimator=estimator, lr=0.0, d_lr=3e-3, max_steps=15)
+def test_d_goes_on_learning(tmp_path, sft_ckpt, discs, estimator):
+    """G stands still: D, from where it was, ends by telling its texts from reals."""
+    found = run_of(tmp_path, sft_ckpt, discs, estimator, lr=0.0, d_lr=3e-3, max_steps=15)
     assert found["d_accuracy"][-1] > 0.8 and found["d_loss"][-1] < 0.9 * found["d_loss"][0]
     assert found["d_real"][-1] > 0 > found["d_fake"][-1]
     assert found["kl"][-1] == pytest.approx(0, abs=1e-4)
     saved = load_discriminator(tmp_path / "discriminator.pt")
+    start = load_discriminator(discs[reads_of(estimator)])
     assert saved.reads == reads_of(estimator)
-    if estimator == "reinforce":
-        assert not all(map(torch.equal, saved.parameters(), load_discriminator(disc).parameters()))
+    assert not any(map(torch.equal, saved.parameters(), start.parameters()))
 
 
-def test_options_change_what_they_should(tmp_path, sft_ckpt, disc):
-    """One round each from the same start. weights: (of G, of D)."""
+def test_every_option_changes_what_it_should(tmp_path, sft_ckpt, discs):
+    """One round each from the same start: whether it moves the weights of G, and those of D."""
     def weights(**changes):
         sizes = dict(max_steps=1, batch_size=8, minibatch_size=4, d_batch_size=4) | changes
-        run_of(tmp_path, sft_ckpt, disc, **sizes)
+        run_of(tmp_path, sft_ckpt, discs, **sizes)
         return (load_model(tmp_path / "ckpt.pt").h[0].mlp.c_fc.weight,
                 load_discriminator(tmp_path / "discriminator.pt").classifier.weight)
 
-    def moved(a, b):
-        return [not torch.equal(x, y) for x, y in zip(a, b, strict=True)]
+    def check(changes, expected, base):
+        moved = [not torch.equal(x, y) for x, y in zip(weights(**changes), base, strict=True)]
+        assert moved == expected, changes
 
-    base = weights()
-    table = [(dict(ppo_epochs=1), [1, 0]), (dict(clip_range=0.01), [1, 0]), (dict(lr=1e-3), [1, 0]),
-             (dict(gamma=0.5), [1, 0]), (dict(lam=0.5), [1, 0]), (dict(vf_coef=9.0), [1, 0]),
-             (dict(objective="original"), [1, 0]), (dict(missing_eos_penalty=3.0), [1, 0]),
-             (dict(baseline="rloo", group_size=2), [1, 1]), (dict(temperature=2.0), [1, 1]),
-             (dict(d_lr=1e-3), [0, 1]), (dict(d_steps=1), [0, 1]), (dict(d_batch_size=6), [0, 1]),
-             (dict(label_smoothing=0.4), [0, 1]), (dict(grad_clip=1e-6), [1, 1]),
-             (dict(max_new_tokens=4), [1, 1]), (dict(seed=1), [1, 1]), (dict(tau=0.5), [0, 0])]
+    base, G, D, both, neither = weights(), *([x, y] for x, y in (
+        (True, False), (False, True), (True, True), (False, False)))
+    table = [(dict(ppo_epochs=1), G), (dict(clip_range=0.01), G), (dict(clip_range_high=0.01), G),
+             (dict(loss="cispo"), G), (dict(target_kl=1e-9), G), (dict(lr=1e-3), G),
+             (dict(gamma=0.5), G), (dict(lam=0.5), G), (dict(vf_coef=9.0), G),
+             (dict(objective="original"), G), (dict(missing_eos_penalty=3.0), G),
+             (dict(warmup_steps=9), G), (dict(skip_g_every=1), G), (dict(minibatch_size=8), G),
+             (dict(d_lr=1e-3), D), (dict(d_steps=1), D), (dict(d_batch_size=6), D),
+             (dict(label_smoothing=0.4), D), (dict(baseline="rloo", group_size=2), both),
+             (dict(temperature=2.0), both), (dict(grad_clip=1e-6), both), (dict(seed=1), both),
+             (dict(max_new_tokens=4), both), (dict(batch_size=16), both), (dict(tau=0.5), neither)]
     for changes, expected in table:
-        assert moved(weights(**changes), base) == [bool(x) for x in expected], changes
+        check(changes, expected, base)
     gumbel = weights(estimator="gumbel")
     for changes in (dict(tau=0.5), dict(objective="original"), dict(minibatch_size=8)):
-        assert moved(weights(estimator="gumbel", **changes), gumbel) == [1, 0], changes
+        check(changes | dict(estimator="gumbel"), G, gumbel)
     for estimator in ("reinforce", "gumbel"):       # the first round has no KL yet
-        two = [weights(estimator=estimator, max_steps=2, kl_coef=kl_coef) for kl_coef in (0.0, 9.0)]
-        assert moved(*two)[0], estimator
+        two = dict(estimator=estimator, max_steps=2)
+        base = weights(**two, kl_coef=0.0)
+        assert not torch.equal(weights(**two, kl_coef=9.0)[0], base[0])
+    fields = {field.name for field in dataclasses.fields(gan.Config)}
+    elsewhere = {"out_dir", "init", "disc", "data", "corpus_size", "estimator", "sample_interval",
+                 "max_steps", "kl_coef", "device", "dtype"}
+    assert set().union(*(changes for changes, _ in table)) | elsewhere == fields
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "hidden"])
+def test_g_skips_rounds(tmp_path, sft_ckpt, discs, estimator):
+    """Every second one: there is no norm of its gradient, and its texts stay the same."""
+    run_of(tmp_path, sft_ckpt, discs, estimator, skip_g_every=2, max_steps=4)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert ["grad_norm" in row for row in rows] == [True, False, True, False]
+    assert all("d_loss" in row for row in rows)
+    assert rows[1]["kl"] > 0
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -331,3 +321,13 @@ def test_options_change_what_they_should(tmp_path, sft_ckpt, disc):
 def test_bad_options_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         gan.train(config(**changes))
+
+
+def test_a_discriminator_that_cannot_read_this_g_is_refused(tmp_path, sft_ckpt, discs):
+    for estimator, reads in (("hidden", "tokens"), ("gumbel", "states")):
+        with pytest.raises(InputError, match=f"reads {reads}, but --estimator {estimator} needs"):
+            run_of(tmp_path, sft_ckpt, discs, estimator, disc=discs[reads])
+    saved = torch.load(discs["states"], weights_only=True)
+    torch.save(saved | {"tokenizer_fingerprint": "other"}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="was trained on texts of another model"):
+        run_of(tmp_path, sft_ckpt, discs, "hidden", disc=str(tmp_path / "other.pt"))

@@ -175,16 +175,19 @@ def chain(tmp_path_factory, sft_ckpt):
     for name in ("reward_model", "discriminator", "ppo", "dpo"):
         data = pairs(root) if name in ("reward_model", "dpo") else ""
         TRAINING[name].train(tiny(TRAINING[name], root / name, data=data, lstm=True, **starts))
+    discriminator.train(tiny(discriminator, root / "disc_states", reads="states", **starts))
     for estimator in ("reinforce", "gumbel", "hidden"):
-        gan.train(tiny(gan, root / f"gan_{estimator}", estimator=estimator, **starts))
+        gan.train(tiny(gan, root / f"gan_{estimator}", estimator=estimator,
+                       **starts_of(root, estimator)))
     evaluate.main(evaluate.Config(out_dir=str(root), reference=starts["sft_ckpt"], samples=10,
                                   reward=starts["reward"], best_of=(2,), **CPU))
     return root
 
 
-def starts_of(root):
+def starts_of(root, estimator=""):
     """Where each stage of a chain starts, as arguments of tiny()."""
     stages = dict(sft_ckpt="sft", reward="reward_model", disc="discriminator")
+    stages |= dict(disc="disc_states") if estimator == "hidden" else {}
     return {name: str(root / stage / "ckpt.pt") for name, stage in stages.items()}
 
 
@@ -223,7 +226,6 @@ def test_every_choice_of_an_option_runs(chain, tmp_path):
     """Two steps of each way that no other test takes through train()."""
     losses = [(dpo, dict(loss=loss)) for loss in dpo.LOSSES if loss != "dpo"]
     choices = [*losses, (sft, dict(arch="palm")), (sft, dict(arch="t5")),
-               (gan, dict(estimator="hidden", objective="original")),
                (gan, dict(baseline="grpo", group_size=2)), (discriminator, dict(dtype="bfloat16")),
                (dpo, dict(dtype="bfloat16", checkpointing=True))]
     starts = starts_of(chain)
@@ -349,7 +351,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(chain, tmp_path, module,
     data = pairs(tmp_path) if module in (reward_model, dpo) else ""
     sizes = dict(max_steps=7, eval_interval=4, sample_interval=4, lr=1e-3, data=data) | changes
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    config = tiny(module, killed, **starts_of(chain), **sizes)
+    config = tiny(module, killed, **starts_of(chain, changes.get("estimator")), **sizes)
     train_and_die(module, config)
     assert torch.load(killed / "state.pt", weights_only=True)["step"] == 4
     assert read_jsonl(killed / "metrics.jsonl")[-1]["step"] == 6
