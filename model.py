@@ -146,7 +146,8 @@ def causal_bias(mask, T):
 
 
 class DecoderOnly(LanguageModel):
-    """Prompt and response share one sequence. A subclass defines trunk()."""
+    """Prompt and response share one sequence. A subclass defines run_blocks(), which makes final
+    states (B, T, C) of embeddings (B, T, C), the bias of attention, and positions (B, T)."""
 
     def hidden(self, prompt, response, response_embeddings=None):
         """The states that predict the response: position P - 1 + t predicts response[:, t].
@@ -164,29 +165,36 @@ class DecoderOnly(LanguageModel):
             x = torch.cat([x[:, :P], response_embeddings[:, :-1]], dim=1)
         return self.trunk(x, mask)[:, P - 1:]                               # (B, R, C)
 
+    def trunk(self, x, mask, cache=None):
+        """Embeddings (B, T, C), and a mask (B, T) of real tokens -> final states (B, T, C)"""
+        return self.run_blocks(x, causal_bias(mask, x.size(1)), token_positions(mask), cache)
+
     def head(self, x):
         return F.linear(x, self.wte.weight)     # tied to the embedding: (.., C) -> (.., V)
 
     def prefill(self, prompt, cache, max_new_tokens):
         """Reads the prompt into the cache. Returns the state of its last token, (B, C)."""
         self.check_length(prompt.size(1) + max_new_tokens - 1)
-        return self.read(prompt, cache)
+        mask = prompt != self.pad_token_id                  # (B, P)
+        x = self.trunk(self.embed(prompt), mask, cache)                 # (B, P, C)
+        cache.length = prompt.size(1)
+        # For all steps at once: a new token sees all but the prompt's pads, and it counts them out.
+        mask = F.pad(mask, (0, max_new_tokens), value=True)             # (B, P + max_new_tokens)
+        cache.bias, cache.positions = mask_bias(mask)[:, None, None], token_positions(mask)
+        return x[:, -1]
 
     def step(self, token, cache):
         """Reads one more token (B,). Returns its state, (B, C)."""
-        return self.read(token[:, None], cache)
-
-    def read(self, tokens, cache):
-        cache.mask = torch.cat([cache.mask, tokens != self.pad_token_id], dim=1)    # (B, S)
-        x = self.trunk(self.embed(tokens), cache.mask, cache)                       # (B, T, C)
-        cache.length += tokens.size(1)
+        start, end = cache.length, cache.length + 1
+        x = self.run_blocks(self.embed(token[:, None]), cache.bias[..., :end],
+                            cache.positions[:, start:end], cache)       # (B, 1, C)
+        cache.length = end
         return x[:, -1]
 
 
-def token_positions(mask, T):
-    """Positions of the last T tokens; pads count for nothing: mask 0 0 1 1 1 -> 0 0 0 1 2."""
-    exclusive = mask.cumsum(dim=1) - mask.long()            # how many real tokens stand before
-    return exclusive[:, -T:]                                # (B, T)
+def token_positions(mask):
+    """Pads count for nothing: mask 0 0 1 1 1 -> 0 0 0 1 2. (B, T) -> (B, T)"""
+    return mask.cumsum(dim=1) - mask.long()                 # how many real tokens stand before
 
 # -----------------------------------------------------------------------------
 # GPT-2: Radford et al. 2019, "Language models are unsupervised multitask learners"
@@ -251,14 +259,9 @@ class GPT(DecoderOnly):
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config)
 
-    def trunk(self, x, mask, cache=None):
-        """Embeddings (B, T, C) of the last T of S tokens -> their final states (B, T, C).
-
-        mask (B, S), True on real tokens, those in the cache included."""
-        T = x.size(1)
-        bias = causal_bias(mask, T)                         # (B, 1, T, S)
+    def run_blocks(self, x, bias, positions, cache=None):
         # Trailing pads may lie beyond the block; what they read does not matter.
-        positions = token_positions(mask, T).clamp(max=self.config.block_size - 1)
+        positions = positions.clamp(max=self.config.block_size - 1)
         x = self.dropout(x + self.wpe(positions))           # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, bias, cache, layer)                            # (B, T, C)
@@ -281,11 +284,12 @@ def init_weights(model, config):
 # embedding starts at N(0, 1), and the logits are divided by sqrt(C).)
 
 def rotary_angles(positions, head_size, theta=10000.0):
-    """position * theta^(-2i/hs), Eq. 15 of https://arxiv.org/abs/2104.09864.
+    """Cosine and sine of position * theta^(-2i/hs), Eq. 15 of https://arxiv.org/abs/2104.09864.
 
-    positions (B, T) -> (B, 1, T, hs/2)"""
+    positions (B, T) -> (B, 1, T, hs/2) twice: one axis for all heads"""
     frequencies = theta ** (-torch.arange(0, head_size, 2, device=positions.device) / head_size)
-    return (positions[:, :, None] * frequencies)[:, None]               # one axis for the heads
+    angles = (positions[:, :, None] * frequencies)[:, None]             # (B, 1, T, hs/2)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, angles):
@@ -293,7 +297,7 @@ def rotate(x, angles):
 
     q.k then depends on the distance of two tokens alone, not on where they stand."""
     a, b = x.float().chunk(2, dim=-1)                       # (B, nh, T, hs/2) each
-    cos, sin = angles.cos(), angles.sin()                   # (B, 1, T, hs/2), for all heads
+    cos, sin = angles
     rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     return rotated.to(x.dtype)                                          # angles need float32
 
@@ -340,11 +344,8 @@ class PaLM(DecoderOnly):
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config)
 
-    def trunk(self, x, mask, cache=None):
-        """As GPT.trunk(), with positions that rotate queries and keys in every block."""
-        T = x.size(1)
-        bias = causal_bias(mask, T)                         # (B, 1, T, S)
-        angles = rotary_angles(token_positions(mask, T), self.config.head_size)
+    def run_blocks(self, x, bias, positions, cache=None):
+        angles = rotary_angles(positions, self.config.head_size)        # for all blocks
         x = self.dropout(x)                                             # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, bias, angles, cache, layer)                    # (B, T, C)
@@ -421,12 +422,8 @@ class Llama(DecoderOnly):
         self.dropout = nn.Dropout(config.dropout)
         init_weights(self, config)
 
-    def trunk(self, x, mask, cache=None):
-        """As PaLM.trunk()."""
-        T = x.size(1)
-        bias = causal_bias(mask, T)                         # (B, 1, T, S)
-        angles = rotary_angles(token_positions(mask, T), self.config.head_size,
-                               self.config.rope_theta)      # (B, 1, T, hs/2)
+    def run_blocks(self, x, bias, positions, cache=None):
+        angles = rotary_angles(positions, self.config.head_size, self.config.rope_theta)
         x = self.dropout(x)                                             # (B, T, C)
         for layer, block in enumerate(self.h):
             x = block(x, bias, angles, cache, layer)                    # (B, T, C)
@@ -534,18 +531,16 @@ class T5Stack(nn.Module):
         self.ln_f = nn.RMSNorm(config.n_embd, eps=1e-6)
         self.dropout = nn.Dropout(config.dropout)
 
-    def position_bias(self, T, S):
-        """The bias of the last T of S positions. -> (1, nh, T, S)"""
-        key = torch.arange(S, device=self.relative.weight.device)
-        distance = key - key[S - T:, None]                  # (T, S)
-        # Every layer adds the same bias, one number for each head and distance.
+    def position_bias(self, T):
+        """One number for each head and distance of two positions. -> (1, nh, T, T)"""
+        key = torch.arange(T, device=self.relative.weight.device)
+        distance = key - key[:, None]                       # (T, T)
         buckets = relative_buckets(distance, self.config.n_buckets, self.config.max_distance,
                                    causal=self.is_decoder)
         return self.relative(buckets).permute(2, 0, 1)[None]
 
-    def forward(self, x, mask, encoded=None, encoded_bias=None, cache=None):
-        """x (B, T, C); mask: a bias (B, 1, T or 1, S), -inf where nobody may look -> (B, T, C)"""
-        bias = mask + self.position_bias(x.size(1), mask.size(-1))      # (B, nh, T, S)
+    def forward(self, x, bias, encoded=None, encoded_bias=None, cache=None):
+        """x (B, T, C); bias (B, nh, T, S), the same one for every layer -> (B, T, C)"""
         x = self.dropout(x)                                             # (B, T, C)
         for layer, block in enumerate(self.h):
             keys_values = encoded[layer] if encoded is not None else None   # the encoder has none
@@ -573,16 +568,15 @@ class T5(LanguageModel):
         # Only an empty prompt ends with a pad; a softmax over nothing would be NaN.
         mask[:, -1] = True
         bias = mask_bias(mask[:, None, None, :])            # (B, 1, 1, P)
-        states = self.encoder(self.embed(prompt), bias)     # (B, P, C)
+        positions = self.encoder.position_bias(prompt.size(1))          # (1, nh, P, P)
+        states = self.encoder(self.embed(prompt), bias + positions)     # (B, P, C)
         return [block.cross.keys_values(states) for block in self.decoder.h], bias
 
-    def decode(self, x, encoded, encoded_bias, cache=None):
-        """Embeddings (B, T, C) of the decoder's inputs, after those in the cache -> (B, T, C)"""
-        T = x.size(1)
-        S = T + (cache.length if cache is not None else 0)
+    def decoder_bias(self, T):
+        """Who sees whom among T of the decoder's inputs, and how far away it is. (1, nh, T, T)"""
         # Pads come last, so hiding the future hides them too.
-        everything = torch.ones(1, S, dtype=torch.bool, device=x.device)
-        return self.decoder(x, causal_bias(everything, T), encoded, encoded_bias, cache)
+        everything = torch.ones(1, T, dtype=torch.bool, device=self.wte.weight.device)
+        return causal_bias(everything, T) + self.decoder.position_bias(T)
 
     def hidden(self, prompt, response, response_embeddings=None):
         """As DecoderOnly.hidden(). The decoder reads the start token, then the response."""
@@ -591,7 +585,7 @@ class T5(LanguageModel):
         x = self.embed(torch.cat([start, response[:, :-1]], dim=1))         # (B, R, C)
         if response_embeddings is not None:
             x = torch.cat([x[:, :1], response_embeddings[:, :-1]], dim=1)
-        return self.decode(x, *self.encode(prompt))
+        return self.decoder(x, self.decoder_bias(x.size(1)), *self.encode(prompt))
 
     def head(self, x):
         if self.lm_head is not None:
@@ -602,14 +596,17 @@ class T5(LanguageModel):
     def prefill(self, prompt, cache, max_new_tokens):
         """Encodes the prompt. Returns the state of the decoder's start token, (B, C)."""
         self.check_length(max(prompt.size(1), max_new_tokens - 1))
-        cache.encoded = self.encode(prompt)
+        cache.encoded, cache.bias = self.encode(prompt)
+        cache.self_bias = self.decoder_bias(max_new_tokens)     # for all steps at once
         start = prompt.new_full((len(prompt),), self.config.decoder_start_token_id)
         return self.step(start, cache)
 
     def step(self, token, cache):
         """Reads one more token (B,). Returns its state, (B, C)."""
-        x = self.decode(self.embed(token[:, None]), *cache.encoded, cache)  # (B, 1, C)
-        cache.length += 1
+        start, end = cache.length, cache.length + 1
+        x = self.decoder(self.embed(token[:, None]), cache.self_bias[:, :, start:end, :end],
+                         cache.encoded, cache.bias, cache)                  # (B, 1, C)
+        cache.length = end
         return x[:, -1]
 
 
@@ -639,14 +636,16 @@ def build_model(config):
 # sampling and log-probs
 
 class KVCache:
-    """What generation keeps from token to token: keys and values of every layer, and the mask."""
+    """What generation keeps from token to token: keys and values of every layer, and what a model
+    makes once for all steps."""
 
-    def __init__(self, batch_size, capacity, device):
+    def __init__(self, capacity):
         self.capacity = capacity
         self.length = 0             # positions filled so far
-        self.mask = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)     # (B, S)
         self.keys, self.values = {}, {}                     # of each layer, (B, G, capacity, hs)
-        self.encoded = None         # what the decoder of an encoder-decoder model attends to
+        self.bias = None            # hides the prompt's pads, (B, 1, 1, P or capacity)
+        self.positions = None       # (B, capacity), if the model has them
+        self.encoded = []           # of each layer of a decoder: the prompt's keys and values
 
     def extend(self, layer, k, v):
         """Appends new keys and values (B, G, T, hs); returns all so far, (B, G, S, hs) each."""
@@ -659,32 +658,50 @@ class KVCache:
         self.values[layer][:, :, self.length:end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def keep(self, rows):
+        """Forgets all rows of the batch but these (N,)."""
+        for tensors in (self.keys, self.values):
+            for layer in tensors:
+                tensors[layer] = tensors[layer][rows]
+        self.bias = self.bias[rows]
+        if self.positions is not None:
+            self.positions = self.positions[rows]
+        self.encoded = [(k[rows], v[rows]) for k, v in self.encoded]
+
 
 @torch.no_grad()
 def sample_responses(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
                      rng=None):
-    """Samples one response to each prompt (B, P).
+    """Samples one response to each prompt (B, P). Rows that have ended are left out as we go.
 
     Returns response (B, R) with R <= max_new_tokens, and logprobs (B, R) of its tokens under
     the distribution they were drawn from, 0 on pads. rng: a torch.Generator.
     Raises InputError if prompt and response do not fit the model's block."""
-    cache = KVCache(len(prompt), prompt.size(1) + max_new_tokens, prompt.device)
-    x = model.prefill(prompt, cache, max_new_tokens)                         # (B, C)
-    done = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    response, chosen = [], []
-    while len(response) < max_new_tokens:
-        if response:
-            x = model.step(response[-1], cache)
-        logp = sampling_logprobs(model.head(x), temperature, top_k, top_p)  # (B, V)
-        token = sample(logp, rng)                                           # (B,)
-        token_logp = logp.take_along_dim(token[:, None], 1).squeeze(1)      # (B,)
-        # A response that has ended is continued with pads, at no cost in log-prob.
-        chosen.append(token_logp.masked_fill(done, 0.0))
-        response.append(token.masked_fill(done, model.pad_token_id))
-        done = done | (token == model.config.eos_token_id)              # (B,)
-        if done.all():                                                  # nobody is waiting for more
+    B, device = len(prompt), prompt.device
+    cache = KVCache(prompt.size(1) + max_new_tokens)
+    x = model.prefill(prompt, cache, max_new_tokens)                        # (B, C)
+    # All random numbers at once: no response depends on when those beside it end.
+    u = torch.rand(B, max_new_tokens, generator=rng, device=device)
+    response = torch.full_like(u, model.pad_token_id, dtype=torch.long)
+    chosen = torch.zeros_like(u)                        # pads cost no log-prob
+    rows = torch.arange(B, device=device)               # those that are still computed, N of them
+    done = torch.zeros_like(rows, dtype=torch.bool)     # those of them that have ended
+    for t in range(max_new_tokens):
+        logp = sampling_logprobs(model.head(x), temperature, top_k, top_p)  # (N, V)
+        token = sample(logp, u[rows, t])                                    # (N,)
+        token_logp = logp.take_along_dim(token[:, None], 1).squeeze(1)      # (N,)
+        response[rows, t] = token.masked_fill(done, model.pad_token_id)
+        chosen[rows, t] = token_logp.masked_fill(done, 0.0)
+        done = done | (token == model.config.eos_token_id)
+        n_done = done.sum().item()
+        if n_done == len(rows) or t + 1 == max_new_tokens:
             break
-    return torch.stack(response, dim=1), torch.stack(chosen, dim=1)
+        if n_done >= len(rows) / 4:     # to copy what is left of the cache pays now
+            left = (~done).nonzero().squeeze(1)
+            rows, token, done = rows[left], token[left], done[left]
+            cache.keep(left)
+        x = model.step(token, cache)                                        # (N, C)
+    return response[:, :t + 1], chosen[:, :t + 1]
 
 
 def sampling_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -710,14 +727,13 @@ def sampling_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
     return logits.log_softmax(dim=-1)                           # what is left sums to 1 again
 
 
-def sample(logp, rng=None):
-    """Draws one token from each distribution. logp (B, V) -> (B,)
+def sample(logp, u):
+    """Draws one token from each distribution, by a random number from [0, 1). (B, V), (B,) -> (B,)
 
-    Inverts the distribution function: the token is the first whose cdf reaches a uniform u."""
+    Inverts the distribution function: the token is the first whose cdf reaches u."""
     cdf = logp.exp().cumsum(dim=-1)                                         # (B, V)
-    u = torch.rand(len(cdf), 1, generator=rng, device=cdf.device)
     # u in (0, sum], not [0, sum): then no token of probability 0 can be the first to reach it.
-    u = (1 - u) * cdf[:, -1:]
+    u = (1 - u[:, None]) * cdf[:, -1:]                                      # (B, 1)
     token = torch.searchsorted(cdf, u).squeeze(1)                           # (B,)
     return token.clamp(max=logp.size(1) - 1)
 
