@@ -7,6 +7,7 @@ Records are JSON objects, one a line of a UTF-8 file (JSONL), in the field's sta
     {"prompt": "About a banker:", "chosen": " ...", "rejected": " ..."}               preferences
     {"prompt": "About a banker:", "ranked": [" best", " ...", " worst"]}              rankings
     {"prompt": "About a banker:", "completion": " ...", "rating": 3.5}                ratings
+    {"prompt": "About a banker:", "completion": " ...", "label": true}                thumbs up
     {"prompt": "About a banker:"}                                                     prompts
 
 A preference may have a margin (by how much) and a share (of the raters who agree; 0.5 is a tie).
@@ -136,7 +137,7 @@ def read_records(path, fields):
     """The records of a JSONL file that have these fields, each with "where", its file and line.
 
     fields: of prompt, completion, chosen, rejected (texts), ranked (a list of texts, best first),
-    and rating (a number). A record's margin and share are checked and kept.
+    rating (a number), and label (true or false). A record's margin and share are checked and kept.
     Raises InputError, with file and line, if a line is no such record."""
     records = []
     for where, line in read_lines(path):
@@ -184,6 +185,9 @@ def check_record(where, row, fields):
         value = record[field] = row[field]
         if field == "rating":
             check_number(where, row, field)
+        elif field == "label":
+            if not isinstance(value, bool):
+                raise InputError(f"{where}: 'label' must be true or false")
         elif field == "ranked":
             if not isinstance(value, list) or len(value) < 2:
                 raise InputError(f"{where}: 'ranked' must be a list of two texts or more")

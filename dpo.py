@@ -17,10 +17,17 @@ What to look at: the loss starts at ln 2; rewards/margins grows; rewards/chosen 
 since only the difference is asked for; a loss near 0 means memorization. The policy's own samples
 show the result: pun, kl.
 
+Two variants need other data. KTO (arXiv 2402.01306) also learns from thumbs up and down, one
+response a prompt: records of prompt, completion, and label. Online DPO (arXiv 2402.04792) makes its
+own pairs: of a few samples of the policy the reward model's best is chosen, its worst rejected.
+
     python dpo.py                                    pairs of the pun world
     python dpo.py --loss ipo --data mine.jsonl       another loss, your own pairs
+    python dpo.py --loss kto --data thumbs.jsonl     your own prompt, completion, label
+    python dpo.py --reward runs/reward_model/ckpt.pt --out_dir runs/online_dpo
 """
 
+import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,13 +40,15 @@ from data import (
     Batches,
     encode_records,
     format_samples,
+    load_prompts,
     means,
     measure,
+    read_lines,
     tokenizer_of,
     train_and_val,
 )
 from lora import load_policy_and_reference, save_trained
-from model import logprobs
+from model import load_reward_model, logprobs
 from optim import adamw, optimizer_step, set_lr
 from puns import world
 
@@ -48,7 +57,7 @@ from puns import world
 class Config(TrainOptions):
     out_dir: str = "runs/dpo"                                           # the folder of this run
     init: str = "runs/sft/ckpt.pt"  # the policy to start from, and the reference
-    data: str = ""              # JSONL of prompt, chosen, rejected; '' is the pun world
+    data: str = ""              # JSONL of pairs, or as above; '' is the pun world
     val_data: str = ""          # the same, to validate on; '' holds out a tenth of --data
     corpus_size: int = 30_000   # pairs of the pun world to draw
     noise: float = 0.0          # fraction of the pun world's labels that are flipped
@@ -56,6 +65,9 @@ class Config(TrainOptions):
     beta: float = 0.5           # of the implicit KL penalty; larger stays closer to the reference
     label_smoothing: float = 0.1    # cdpo, robust: the fraction of labels believed to be wrong
     simpo_gamma: float = 0.5    # simpo: the margin that the better text must lead by
+    reward: str = ""            # a reward model: it picks the pairs among samples of the policy
+    group_size: int = 4         # with --reward: samples a prompt
+    max_new_tokens: int = 32    # with --reward: tokens of a sample, at most
     batch_size: int = 64        # pairs
     max_steps: int = 300                                                # optimizer steps
     lr: float = 1e-4                                                    # the highest rate
@@ -146,10 +158,16 @@ def ipo_mean_loss(pair, config):
 
 def kto_loss(pair, config):
     """Eq. 7 of https://arxiv.org/abs/2402.01306: each response by itself, against the mean KL."""
-    kl = pair.kl.mean().clamp(min=0).detach()   # a KL is never negative, its estimate may be
-    chosen = 1 - torch.sigmoid(config.beta * (pair.chosen_logratios - kl))
-    rejected = 1 - torch.sigmoid(config.beta * (kl - pair.rejected_logratios))  # should be below it
+    chosen, rejected = kto_terms(pair.chosen_logratios, pair.rejected_logratios, pair.kl, config)
     return 0.5 * (chosen + rejected)
+
+
+def kto_terms(good, bad, kl, config):
+    """What KTO asks of log-ratios: good ones should be above the KL to the reference, bad ones
+    below. kl (B,): log-ratios of responses to other prompts, whose mean estimates the KL."""
+    kl = kl.mean().clamp(min=0).detach()    # a KL is never negative, its estimate may be
+    return (1 - torch.sigmoid(config.beta * (good - kl)),
+            1 - torch.sigmoid(config.beta * (kl - bad)))
 
 
 def simpo_loss(pair, config):
@@ -181,6 +199,44 @@ LOSSES = {"dpo": dpo_loss, "cdpo": cdpo_loss, "robust": robust_loss, "hinge": hi
           "orpo": orpo_loss, "cpo": cpo_loss}
 
 # -----------------------------------------------------------------------------
+# KTO without pairs
+
+class Labeled(NamedTuple):
+    """One response to each prompt, and whether people liked it. Fields are (B,)."""
+    logratios: torch.Tensor         # log pi - log pi_ref, summed over the response
+    is_good: torch.Tensor           # bool: a thumb up
+    weight: torch.Tensor            # so that good and bad responses count equally in the data
+    kl: torch.Tensor                # log pi - log pi_ref of responses to other prompts
+
+    @property
+    def chosen_logratios(self):
+        return self.logratios[self.is_good]                             # (number of good ones,)
+
+    @property
+    def rejected_logratios(self):
+        return self.logratios[~self.is_good]
+
+    @property
+    def logits(self):
+        """By how much more than the reference the policy prefers each good response to each bad
+        one, whatever their prompts."""
+        differences = self.chosen_logratios[:, None] - self.rejected_logratios  # (good, bad)
+        return differences.flatten()
+
+
+def labeled_kto_loss(labeled, config):
+    """Eq. 7 of https://arxiv.org/abs/2402.01306, with the weights lambda of its Section 4.2."""
+    if_good, if_bad = kto_terms(labeled.logratios, labeled.logratios, labeled.kl, config)
+    return labeled.weight * torch.where(labeled.is_good, if_good, if_bad)       # (B,)
+
+
+def losses_of(batch, config):
+    """The loss of each record of a Pair or a Labeled. -> (B,)"""
+    if isinstance(batch, Labeled):
+        return labeled_kto_loss(batch, config)
+    return LOSSES[config.loss](batch, config)
+
+# -----------------------------------------------------------------------------
 # log-probs of a batch
 
 def sum_logprobs(model, prompt, responses):
@@ -196,7 +252,11 @@ def sum_logprobs(model, prompt, responses):
 
 
 def dpo_batch(policy, reference, batch, with_kl=False):
-    """The Pair of a batch. with_kl: kto alone needs the KL estimate, a third forward pass."""
+    """The Pair of a batch, or the Labeled if it has labels.
+
+    with_kl: kto alone needs the KL estimate, a third forward pass."""
+    if "label" in batch:
+        return labeled_batch(policy, reference, batch)
     chosen, rejected = batch["chosen"], batch["rejected"]
     responses = [chosen, rejected]
     if with_kl:
@@ -212,15 +272,46 @@ def dpo_batch(policy, reference, batch, with_kl=False):
     return Pair(logps[0], logps[1], ref_logps[0], ref_logps[1], chosen_length, rejected_length, kl)
 
 
+def labeled_batch(policy, reference, batch):
+    """The Labeled of a batch of prompt, completion, label, and weight."""
+    completion = batch["completion"]
+    # The next record's completion was written for another prompt.
+    responses = [completion, completion.roll(1, dims=0)]
+    logps, kl_logps = sum_logprobs(policy, batch["prompt"], responses)      # (B,) each
+    with torch.no_grad():                                               # the reference never learns
+        ref_logps, kl_ref_logps = sum_logprobs(reference, batch["prompt"], responses)
+    kl = (kl_logps - kl_ref_logps).detach()
+    return Labeled(logps - ref_logps, batch["label"], batch["weight"], kl)
+
+
+@torch.no_grad()
+def sample_pairs(policy, reward_model, prompt, config, rng):
+    """Online DPO, Algorithm 1 of https://arxiv.org/abs/2402.04792: of group_size samples to each
+    prompt (B, P) the one with the highest score is chosen, the one with the lowest is rejected.
+
+    Returns (batch, scores (B, group_size))."""
+    prompts = prompt.repeat_interleave(config.group_size, dim=0)        # (B * G, P)
+    response, _ = policy.generate(prompts, config.max_new_tokens, rng=rng)
+    scores = reward_model(prompts, response).view(-1, config.group_size)    # (B, G)
+    first = torch.arange(len(prompt), device=prompt.device) * config.group_size
+    return {"prompt": prompt, "chosen": response[first + scores.argmax(dim=1)],
+            "rejected": response[first + scores.argmin(dim=1)]}, scores
+
+# -----------------------------------------------------------------------------
+# evaluation
+
 @torch.no_grad()
 def reward_metrics(pair, beta):
     """DPO's implicit rewards, beta log(pi / pi_ref), as means over the batch, and the fraction of
-    pairs in which the chosen response has the higher one."""
+    pairs in which the chosen response has the higher one. Of a Labeled, pairs are all that a good
+    and a bad response make; a mean over none is 0."""
+    def mean(x):
+        return x.float().sum().item() / max(x.numel(), 1)
+
     margins = beta * pair.logits                                            # (B,)
-    return {"rewards/chosen": (beta * pair.chosen_logratios).mean().item(),
-            "rewards/rejected": (beta * pair.rejected_logratios).mean().item(),
-            "rewards/margins": margins.mean().item(),
-            "rewards/accuracies": (margins > 0).float().mean().item()}
+    return {"rewards/chosen": mean(beta * pair.chosen_logratios),
+            "rewards/rejected": mean(beta * pair.rejected_logratios),
+            "rewards/margins": mean(margins), "rewards/accuracies": mean(margins > 0)}
 
 
 @torch.no_grad()
@@ -230,11 +321,13 @@ def evaluate(policy, reference, val, config, autocast):
     for batch in val.in_order():
         with autocast():
             pair = dpo_batch(policy, reference, batch, config.loss == "kto")
-        losses.append(LOSSES[config.loss](pair, config))        # (B,)
+        losses.append(losses_of(pair, config))                  # (B,)
         correct.append((pair.logits > 0).float())               # the implicit reward prefers chosen
     return {"val_loss": torch.cat(losses).mean().item(),
             "val_accuracy": torch.cat(correct).mean().item()}
 
+# -----------------------------------------------------------------------------
+# data
 
 def load_pairs(config):
     """(training, validation) records of the files in the config, or of the pun world."""
@@ -251,6 +344,46 @@ def load_pairs(config):
     return decided, val_decided
 
 
+def has_labels(path):
+    """True if the first record of a file has a label. What is no record is refused elsewhere."""
+    for _, line in read_lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return False
+        return isinstance(row, dict) and "label" in row
+    return False
+
+
+def load_records(config):
+    """(training records, validation records, the fields that hold their texts)."""
+    if config.reward:
+        # The policy writes the rest.
+        if config.data:
+            return *train_and_val(config, ["prompt"]), ["prompt"]
+        return load_prompts(config), load_prompts(config), ["prompt"]
+    if config.loss == "kto" and config.data and has_labels(config.data):
+        records, val_records = train_and_val(config, ["prompt", "completion", "label"])
+        for path, part in ((config.data, records), (config.val_data or config.data, val_records)):
+            if len({record["label"] for record in part}) == 1:
+                raise InputError(f"{path}: every label is {part[0]['label']}, of the records to "
+                                 "train or to validate on: KTO compares good with bad ones")
+        return records, val_records, ["prompt", "completion"]
+    return *load_pairs(config), ["prompt", "chosen", "rejected"]
+
+
+def encode(records, tok, fields, block_size, reserve):
+    """encode_records(), and labels and weights (N,) where there are labels."""
+    encoded = encode_records(records, tok, fields, block_size, reserve)
+    if "completion" in fields:
+        label = torch.tensor([record["label"] for record in records])       # (N,), bool
+        # N / 2 for all of the good, and as much for all of the bad, however few they are.
+        weight = torch.where(label, 0.5 / label.float().mean(), 0.5 / (~label).float().mean())
+        encoded |= {"label": label, "weight": weight}
+    return encoded
+
+# -----------------------------------------------------------------------------
+
 def train(config):
     """Runs the stage. Writes config.out_dir/ckpt.pt. Raises InputError for unusable input."""
     if config.loss not in LOSSES:
@@ -259,13 +392,17 @@ def train(config):
     # In eval mode, like the reference: dropout would add noise to every log-ratio.
     policy, reference = load_policy_and_reference(config, device)
     tok = tokenizer_of(policy)
-    records, val_records = load_pairs(config)
-    fields, block_size = ["prompt", "chosen", "rejected"], policy.config.block_size
-    encoded = encode_records(records, tok, fields, block_size)
-    val_encoded = encode_records(val_records, tok, fields, block_size)
+    reward_model = load_reward_model(config.reward, device) if config.reward else None
+    records, val_records, fields = load_records(config)
+    val_prompts = [record["prompt"] for record in val_records[:512]]    # for samples of the policy
+    block_size = policy.config.block_size
+    reserve = config.max_new_tokens if config.reward else 0
+    if config.reward:                                       # prompts may come again and again
+        records = records * -(-config.batch_size // len(records))       # rounded up
+    encoded = encode(records, tok, fields, block_size, reserve)
+    val_encoded = encode(val_records, tok, fields, block_size, reserve)
     batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed)
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
-    val_prompts = [record["prompt"] for record in val_records[:512]]    # for samples of the policy
 
     optimizer = adamw(policy, config.lr, config.weight_decay)           # the reference is not in it
     rng = make_rng(device, config.seed)
@@ -276,18 +413,24 @@ def train(config):
                           batches=batches, rng=rng):
         is_last = step + 1 == config.max_steps
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
+        batch, metrics = batches.next(), {}
         with autocast():
-            pair = make_pair(policy, reference, batches.next(), config.loss == "kto")
-        loss = LOSSES[config.loss](pair, config).mean()                 # over pairs
+            if reward_model is not None:                    # online: the policy writes the pairs
+                batch, scores = sample_pairs(policy, reward_model, batch["prompt"], config, rng)
+                metrics["score"] = scores.mean().item()
+            pair = make_pair(policy, reference, batch, config.loss == "kto")
+        loss = losses_of(pair, config).mean()                           # over records
         grad_norm = optimizer_step(loss, policy, optimizer, config.grad_clip)
 
         if step % config.log_interval == 0 or is_last:
-            run.log(loss=loss.item(), **reward_metrics(pair, config.beta), lr=lr,
-                    grad_norm=grad_norm)
+            metrics |= reward_metrics(pair, config.beta)
+            run.log(loss=loss.item(), **metrics, lr=lr, grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
-            held_out = evaluate(policy, reference, val, config, autocast)
+            held_out = {}
+            if reward_model is None:
+                held_out = evaluate(policy, reference, val, config, autocast)
             # The loss says how well it ranks; only its samples say how well it writes.
-            rows = measure(policy, reference, tok, val_prompts, rng, autocast)
+            rows = measure(policy, reference, tok, val_prompts, rng, autocast, reward_model)
             run.log(**held_out, **means(rows))
             run.write(format_samples(rows))
 
