@@ -1,10 +1,12 @@
 """
 Label your own preferences: two puns, which is funnier?
 
-    python -m real.label                                        two samples of runs/sft per prompt
-    python -m real.label runs/sft/ckpt.pt runs/ppo/ckpt.pt      one sample of each of two policies
-    python -m real.label a.jsonl b.txt                          texts in files (real/corpora.py)
-    python reward_model.py --data mine.jsonl                    then a reward model of your taste
+    python -m real.label                            two samples of runs/sft to each prompt
+    python -m real.label runs/sft runs/ppo          one sample of each of two policies
+    python -m real.label a.jsonl b.txt              texts in files (real/corpora.py)
+    python reward_model.py --data mine.jsonl        then a reward model of your taste
+
+    python -m real.label --blind runs/sft runs/ppo  be the judge: how often does ppo win?
 
 Each answer is written at once, so you can stop at any time; the same command continues. A tie is
 a record with a share of 0.5: the reward model learns that both texts are worth the same.
@@ -14,16 +16,18 @@ reward model can agree with you more often than that. If each answer matches you
 probability a, two answers agree with probability a^2 + (1 - a)^2. Where that is 73 %, a is 84 %,
 and a model that has learned your taste agrees with 84 % of your answers.
 
-In a notebook, from the root of the repository (needs ipywidgets):
+In a notebook (needs ipywidgets; %cd goes to the folder of this project, from wherever you are):
 
+    %cd -q ~/wordplay
     from real.label import widget
-    widget("runs/sft/ckpt.pt", "runs/ppo/ckpt.pt")
+    widget("runs/sft", "runs/ppo")
 """
 
 import collections
 import html
 import itertools
 import json
+import math
 import random
 import zlib
 from dataclasses import dataclass
@@ -31,13 +35,21 @@ from pathlib import Path
 
 import tyro
 
-from common import InputError, Options, atomic_write, command_line, make_rng, setup
+from common import (
+    InputError,
+    Options,
+    command_line,
+    make_rng,
+    progress_bar,
+    read_jsonl,
+    setup,
+    write_jsonl,
+)
 from data import complete, read_records, tokenizer_of
 from model import load_model
 from puns import world
 from real.corpora import load
-
-ANSWERS = ("completion", "chosen", "rejected")
+from real.duplicates import answers_of
 
 # -----------------------------------------------------------------------------
 # pairs to label
@@ -45,12 +57,14 @@ ANSWERS = ("completion", "chosen", "rejected")
 def pairs(a, b="", data="", seed=0):
     """Yields (prompt, text of a, text of b). Two equal texts are no pair.
 
-    a, b: two checkpoints (.pt), which never run out, or two files of texts. Without b both texts
-    are of a. data: JSONL of prompts for checkpoints; '' takes those of the pun world.
+    a, b: two checkpoints, or folders of runs, which never run out; or two files of texts. Without
+    b both texts are of a. data: JSONL of prompts for checkpoints; '' is what prompts_of() finds.
     Raises InputError if there is nothing to compare."""
-    are_checkpoints = {str(source).endswith(".pt") for source in (a, b or a)}
+    paths = [Path(source) if Path(source).suffix else Path(source, "ckpt.pt")
+             for source in (a, b or a)]
+    are_checkpoints = {path.suffix == ".pt" for path in paths}
     if are_checkpoints == {True}:
-        found = sampled_pairs(a, b or a, data, seed)
+        found = sampled_pairs(*paths, prompts_of(paths[0], data), seed)
     elif are_checkpoints == {False}:
         found = written_pairs(a, b, seed)
     else:
@@ -67,11 +81,19 @@ def pairs(a, b="", data="", seed=0):
                              "texts, so there is nothing to compare")
 
 
-def sampled_pairs(a, b, data, seed):
-    if data:
-        prompts = [record["prompt"] for record in read_records(data, ["prompt"])]
-    else:
-        prompts = list(world().by_prompt)
+def prompts_of(ckpt, data=""):
+    """The different prompts of a JSONL file; '' is the file that the run of the checkpoint
+    validated on, else the one it trained on, else the pun world."""
+    config = ckpt.with_name("config.json")
+    if not data and config.exists():
+        options = json.loads(config.read_text(encoding="utf-8"))
+        data = options.get("val_data") or options.get("data")
+    if not data:
+        return list(world().by_prompt)
+    return list(dict.fromkeys(record["prompt"] for record in read_records(data, ["prompt"])))
+
+
+def sampled_pairs(a, b, prompts, seed):
     random.Random(seed).shuffle(prompts)
     first = completions(a, itertools.cycle(prompts), 2 * seed)
     second = completions(b, itertools.cycle(prompts), 2 * seed + 1)
@@ -86,7 +108,8 @@ def completions(path, prompts, seed):
     model = load_model(path, device)
     tok, rng = tokenizer_of(model), make_rng(device, seed)
     while batch := list(itertools.islice(prompts, 32)):
-        yield from zip(batch, complete(model, tok, batch, rng, autocast), strict=True)
+        texts = complete(model, tok, batch, rng, autocast, max_new_tokens=64)
+        yield from zip(batch, texts, strict=True)
 
 
 def written_pairs(a, b, seed):
@@ -101,9 +124,8 @@ def written_pairs(a, b, seed):
             texts, others = texts[::2], texts[1::2]
         found += [(prompt, x, y) for x, y in zip(texts, others, strict=False)]
     if not found:
-        names = f"{a} and {b}" if b else a
-        raise InputError(f"{names}: no two texts have the same prompt, so there is nothing to "
-                         "compare")
+        raise InputError(f"{a}{f' and {b}' if b else ''}: no two texts have the same prompt, so "
+                         "there is nothing to compare")
     rng.shuffle(found)
     return found
 
@@ -115,8 +137,7 @@ def texts_of(path, rng):
         raise InputError(f"{path}: convert these puns first: python -m real.corpora")
     texts = collections.defaultdict(list)
     for record in corpus.records:
-        answers = [record[field] for field in ANSWERS if field in record]
-        texts[record["prompt"]] += answers + record.get("ranked", [])
+        texts[record["prompt"]] += answers_of(record)
     return {prompt: rng.sample(answers, len(answers)) for prompt, answers in texts.items()}
 
 # -----------------------------------------------------------------------------
@@ -125,10 +146,6 @@ def texts_of(path, rng):
 def key_of(prompt, x, y):
     """The same for both orders of a pair."""
     return prompt, min(x, y), max(x, y)
-
-
-def count(n, noun):
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 class Labeling:
@@ -148,19 +165,12 @@ class Labeling:
         self.pairs, self.path = iter(pairs), Path(path)
         self.n, self.repeat = n, repeat
         self.rows = []              # the answers
-        self.waiting = []           # pairs whose question was taken back
-        self.skipped = set()        # their keys
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        if text.strip():
+        self.skipped = set()        # keys of pairs
+        if self.path.exists() and self.path.stat().st_size > 0:
             self.rows = read_records(path, ["prompt", "chosen", "rejected"])
-            if not text.endswith("\n"):         # an editor may leave it so
-                self.append("\n")
+            for row in self.rows:
+                del row["where"]
         self.ask_next()
-
-    def append(self, text):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text)
 
     def asked(self):
         """{key of a pair: who won each time it was asked, '' is a tie}"""
@@ -183,16 +193,15 @@ class Labeling:
         if len(self.rows) % self.repeat != self.repeat - 1:
             return None
         asked = self.asked()
-        old = list(asked)[:-(self.repeat // 2)]
-        old = [key for key in old if len(asked[key]) == 1 and key not in self.skipped]
+        old = [key for key in list(asked)[:-(self.repeat // 2)]
+               if len(asked[key]) == 1 and key not in self.skipped]
         return random.Random(len(self.rows)).choice(old) if old else None
 
     def new_pair(self):
         known = self.asked().keys() | self.skipped
         # A policy that writes few different texts repeats itself forever.
-        for _ in range(len(known) + 1000):
-            pair = self.waiting.pop() if self.waiting else next(self.pairs, None)
-            if pair is None or key_of(*pair) not in known:
+        for pair in itertools.islice(self.pairs, len(known) + 1000):
+            if key_of(*pair) not in known:
                 return pair
         return None
 
@@ -206,30 +215,26 @@ class Labeling:
     def answer(self, what):
         """1, 2, =, s, or u; anything else leaves the question as it is."""
         if what == "u" and self.rows:
-            self.undo()
+            if self.question is not None:
+                self.pairs = itertools.chain([self.question], self.pairs)
+            *rest, last = self.rows
+            self.keep(rest)
+            self.ask((last["prompt"], last["chosen"], last["rejected"]))
         elif what == "s" and self.question is not None:
             self.skipped.add(key_of(*self.question))
             self.ask_next()
         elif what in ("1", "2", "=") and self.question is not None:
             prompt, first, second = self.question
-            row = {"prompt": prompt, "chosen": first, "rejected": second}
-            if what == "2":
-                row = {"prompt": prompt, "chosen": second, "rejected": first}
+            chosen, rejected = (second, first) if what == "2" else (first, second)
+            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
             if what == "=":
                 row["share"] = 0.5
-            self.rows.append(row)
-            self.append(json.dumps(row, ensure_ascii=False) + "\n")
+            self.keep([*self.rows, row])
             self.ask_next()
 
-    def undo(self):
-        """Takes the last answer back and asks its question again."""
-        if self.question is not None:
-            self.waiting.append(self.question)
-        row = self.rows.pop()
-        lines = self.path.read_text(encoding="utf-8").rstrip().split("\n")
-        with atomic_write(self.path) as path:
-            path.write_text("".join(line + "\n" for line in lines[:-1]), encoding="utf-8")
-        self.ask((row["prompt"], row["chosen"], row["rejected"]))
+    def keep(self, rows):
+        write_jsonl(self.path, rows)        # first: it may fail, as on a full disk
+        self.rows = rows
 
     def agreement(self):
         """(the number of pairs asked twice, the number of these with the same answer)"""
@@ -239,22 +244,72 @@ class Labeling:
     def status(self):
         n_twice, n_same = self.agreement()
         n_ties = sum(row.get("share") == 0.5 for row in self.rows)
-        text = f"{count(len(self.rows), 'answer')} in {self.path}, {count(n_ties, 'tie')}"
+        text = f"answers in {self.path}: {len(self.rows)}, of these ties: {n_ties}"
         if n_twice:
-            text += (f"; {count(n_twice, 'pair')} asked twice, {n_same} with the same answer "
-                     f"({n_same / n_twice:.0%})")
+            text += f"; asked twice: {n_twice}, answered alike: {n_same} ({n_same / n_twice:.0%})"
         return text
+
+# -----------------------------------------------------------------------------
+# blind: which of two policies wins?
+
+def read_key(path, a, b, n, data="", seed=0):
+    """[{"prompt": ..., a: text, b: text}, ...]: who wrote what. The file is written first if there
+    is none, with n pairs. Raises InputError if it is of other policies."""
+    if not path.exists():
+        drawn = itertools.islice(pairs(a, b, data, seed), n)
+        drawn = progress_bar(drawn, "pairs", n, at_least=1)
+        write_jsonl(path, [{"prompt": prompt, a: x, b: y} for prompt, x, y in drawn])
+    key = read_jsonl(path)
+    if not all(row.keys() == {"prompt", a, b} for row in key):
+        raise InputError(f"{path} is not of {a} and {b}: choose another --out")
+    return key
+
+
+def wilson(p, n, z=1.96):
+    """(low, high) of Wilson's 95 % interval for a rate p in n trials.
+
+    With ties, which count half, it is a little too wide, never too narrow."""
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) * z / (1 + z * z / n)
+    return center - half, center + half
+
+
+def win_rate(asked, key, a, b):
+    """(rate, low, high, number of pairs): how often b wins, with a 95 % interval. A tie is half a
+    win, and a pair that was asked twice counts once, with the mean of both answers."""
+    text_of_b = {key_of(row["prompt"], row[a], row[b]): row[b] for row in key}
+    points = []
+    for pair, winners in asked.items():
+        if pair not in text_of_b:
+            raise InputError(f"there are answers to other pairs, such as {pair[1]!r}: choose "
+                             "another --out")
+        wins = [0.5 if winner == "" else float(winner == text_of_b[pair]) for winner in winners]
+        points.append(sum(wins) / len(wins))
+    rate = sum(points) / len(points)
+    return rate, *wilson(rate, len(points)), len(points)
+
+
+def print_win_rate(labeling, key, a, b):
+    if labeling.rows:
+        rate, low, high, n = win_rate(labeling.asked(), key, a, b)
+        print(f"{b} wins against {a} in {rate:.1%} of {n} (95 % interval: {low:.1%} to {high:.1%})")
 
 # -----------------------------------------------------------------------------
 # terminal and notebook
 
 @dataclass(slots=True)
 class Config:
-    sources: tyro.conf.Positional[tuple[str, ...]] = ("runs/sft/ckpt.pt",)
-    """one or two checkpoints, or one or two files of texts"""
-    out: str = "mine.jsonl"     # the file of answers; an old one is continued
+    """Which of two puns is funnier? Your answers are training data for reward_model.py.
+
+    With --blind: which of two policies writes the funnier ones? Both answer the same prompts, and
+    their texts come without names. OUT.key.jsonl says who wrote what. The win rate of the second
+    policy, with a 95 % interval, is printed at the end, and whenever you come back."""
+    sources: tyro.conf.Positional[tuple[str, ...]] = ("runs/sft",)
+    """one or two checkpoints or folders of runs, or one or two files of texts"""
+    blind: bool = False         # two policies, judged blindly
+    out: str = ""               # the answers, continued; '' is mine.jsonl, with --blind blind.jsonl
     n: int = 150                # answers to ask for
-    data: str = ""              # JSONL of prompts for the checkpoints; '' is the pun world's
+    data: str = ""              # JSONL of prompts; '' is what the first run validated on
     seed: int = 0               # of the samples, and of the order of pairs
 
 
@@ -262,8 +317,19 @@ def label(config):
     """Asks in the terminal. Raises InputError for unusable input."""
     if len(config.sources) not in (1, 2):
         raise InputError("name one or two checkpoints, or one or two files of texts")
-    found = pairs(*config.sources, data=config.data, seed=config.seed)
-    labeling = Labeling(found, config.out, config.n)
+    out = Path(config.out or ("blind.jsonl" if config.blind else "mine.jsonl"))
+    key = []
+    if config.blind:
+        if len(set(config.sources)) != 2:
+            raise InputError("--blind compares two policies: name two different ones")
+        key = read_key(out.with_suffix(".key.jsonl"), *config.sources, config.n, config.data,
+                       config.seed)
+        found = [tuple(row.values()) for row in key]
+    else:
+        found = pairs(*config.sources, data=config.data, seed=config.seed)
+    labeling = Labeling(found, out, config.n)
+    if config.blind:
+        print_win_rate(labeling, key, *config.sources)
     print("Which is funnier?   1   2   = neither   s skip   u undo   q quit")
     print(labeling.status())
     what = ""
@@ -278,24 +344,27 @@ def label(config):
             what = "q"
         labeling.answer(what)
     print(f"\n{labeling.status()}")
-    print(f"train on them: python reward_model.py --data {config.out}")
+    if config.blind:
+        print_win_rate(labeling, key, *config.sources)
+    else:
+        print(f"train on them: python reward_model.py --data {out}")
 
 
-def widget(a="runs/sft/ckpt.pt", b="", out="mine.jsonl", n=150, data="", seed=0):
-    """The same in a cell of a notebook, with buttons. Shows an error in one sentence."""
+def widget(a="runs/sft", b="", out="mine.jsonl", n=150, data="", seed=0):
+    """The same in a cell of a notebook, with buttons and keys. Shows an error in one sentence."""
     try:
         import ipywidgets
     except ImportError:
-        raise InputError("the widget needs ipywidgets: pip install ipywidgets") from None
-    text = ipywidgets.HTML()
-    try:
-        labeling = Labeling(pairs(a, b, data, seed), out, n)
-    except InputError as error:
-        text.value = f"<b>error:</b> {html.escape(str(error))}"
-        return text
-    progress = ipywidgets.IntProgress(max=n)
+        print("error: the widget needs ipywidgets: pip install ipywidgets")
+        return None
+    text, progress = ipywidgets.HTML(), ipywidgets.IntProgress(max=n)
     names = {"1": "1 is funnier", "2": "2 is funnier", "=": "neither", "s": "skip", "u": "undo"}
     buttons = {what: ipywidgets.Button(description=name) for what, name in names.items()}
+    keys = ipywidgets.Text(placeholder="or click here and type 1, 2, =, s, u")
+    box = ipywidgets.VBox([progress, text, ipywidgets.HBox(list(buttons.values())), keys])
+
+    def show_error(error):
+        text.value = f"<b>error:</b> {html.escape(str(error))}"
 
     def show():
         lines = ["<b>That is all.</b>"]
@@ -306,19 +375,31 @@ def widget(a="runs/sft/ckpt.pt", b="", out="mine.jsonl", n=150, data="", seed=0)
         text.value = "".join(f"<p>{line}</p>" for line in lines)
         progress.value = len(labeling.rows)
         for what, button in buttons.items():
-            button.disabled = labeling.question is None and what != "u"
+            is_useful = labeling.question is not None or what == "u"
+            button.layout.display = "" if is_useful else "none"
 
-    def connect(what):
-        def click(_):
+    def answer(what):
+        try:
             labeling.answer(what)
             show()
+        except (InputError, OSError) as error:
+            show_error(error)
 
-        buttons[what].on_click(click)
+    def type_key(change):
+        if change.new:
+            keys.value = ""         # ready for the next one
+            answer(change.new[-1].lower())
 
-    for what in buttons:
-        connect(what)
+    try:
+        labeling = Labeling(pairs(a, b, data, seed), out, n)
+    except (InputError, OSError) as error:
+        show_error(error)
+        return text
+    for what, button in buttons.items():
+        button.on_click(lambda _, what=what: answer(what))
+    keys.observe(type_key, "value")
     show()
-    return ipywidgets.VBox([progress, text, ipywidgets.HBox(list(buttons.values()))])
+    return box
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Labeling: what is asked, what is kept, how it continues after a stop, and training on it."""
+"""Labeling: what is asked, what is kept, how it continues after a stop, and who wins blindly."""
 
 import io
 import itertools
@@ -11,7 +11,7 @@ from conftest import CPU, ROOT, records
 import reward_model
 from common import InputError, read_jsonl
 from real import label
-from real.label import Config, Labeling, pairs
+from real.label import Config, Labeling, pairs, wilson
 
 MANY = [("p", f" a{i}", f" b{i}") for i in range(40)]
 
@@ -58,11 +58,6 @@ def test_the_order_is_random_and_only_repeats_come_twice(tmp_path):
 
 
 def test_agreement(tmp_path):
-    labeling = Labeling(MANY, tmp_path / "mine.jsonl", n=10)
-    while labeling.question:
-        labeling.answer(taste(labeling))
-    assert labeling.agreement() == (1, 1)
-    assert "1 pair asked twice, 1 with the same answer (100%)" in labeling.status()
     tie = {"share": 0.5}
     path = records(tmp_path / "other.jsonl", [
         dict(prompt="p", chosen=" x", rejected=" y"), dict(prompt="p", chosen=" y", rejected=" x"),
@@ -72,7 +67,8 @@ def test_agreement(tmp_path):
         dict(prompt="p", chosen=" m", rejected=" n") | tie])
     labeling = Labeling([], path)
     assert labeling.question is None and labeling.agreement() == (3, 1)
-    assert labeling.status().startswith("6 answers") and "3 ties; 3 pairs" in labeling.status()
+    assert labeling.status() == (f"answers in {path}: 6, of these ties: 3; asked twice: 3, "
+                                 "answered alike: 1 (33%)")
 
 
 def test_it_continues_where_it_was_stopped(tmp_path):
@@ -84,9 +80,6 @@ def test_it_continues_where_it_was_stopped(tmp_path):
         labeling.answer(taste(labeling))
     assert parts.read_text() == whole.path.read_text()
     assert Labeling(MANY, parts, n=25).question is None
-    parts.write_text(parts.read_text().rstrip("\n"))        # as an editor may leave it
-    Labeling(MANY, parts, n=26).answer("1")
-    assert len(read_jsonl(parts)) == 26
 
 
 def test_undo_goes_back_as_far_as_you_like(tmp_path):
@@ -107,6 +100,15 @@ def test_undo_goes_back_as_far_as_you_like(tmp_path):
     assert labeling.question == following
 
 
+def test_a_policy_that_repeats_itself_comes_to_an_end(tmp_path):
+    labeling = Labeling(itertools.cycle(MANY[:3]), tmp_path / "mine.jsonl")
+    for _ in range(3):
+        labeling.answer("1")
+    assert labeling.question is None
+
+# -----------------------------------------------------------------------------
+# where pairs come from
+
 def test_pairs_of_files(tmp_path):
     a = records(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": f" a{i}"}
                                        for i, prompt in enumerate("xxyz")])
@@ -119,31 +121,86 @@ def test_pairs_of_files(tmp_path):
     assert prompt == "x" and {x, y} == {" a0", " a1"}
     (tmp_path / "lines.txt").write_text("".join(f"line {i}\n" for i in range(7)))
     assert len(list(pairs(str(tmp_path / "lines.txt")))) == 3
-    broken = records(tmp_path / "broken.jsonl", [{"prompt": "x", "completion": 3}])
     same = records(tmp_path / "same.jsonl", [{"prompt": "x", "completion": "a"}] * 2000)
     for sources, reason in (((a, tmp_path / "lines.txt"), "no two texts have the same prompt"),
                             ((a, "x.pt"), "two checkpoints"),
-                            ((broken,), "broken.jsonl:1: 'completion' must be text"),
                             ((same,), "1,000 pairs in a row")):
         with pytest.raises(InputError, match=reason):
             next(pairs(*map(str, sources)))
 
 
-def test_pairs_of_checkpoints(sft_ckpt):
-    """The same pairs each time, without end; the two texts answer one prompt."""
+def test_pairs_of_checkpoints(sft_ckpt, tmp_path):
+    """The same pairs each time, without end; the two texts answer one prompt. A run that was
+    trained on a file is asked its prompts."""
     found = list(itertools.islice(pairs(sft_ckpt, sft_ckpt), 40))
     assert found == list(itertools.islice(pairs(sft_ckpt), 40)) and len(set(found)) == 40
     for prompt, x, y in found:
         assert prompt.startswith("About") and x.strip() != y.strip()
     assert len({prompt for prompt, *_ in found}) > 20
+    (tmp_path / "ckpt.pt").write_bytes(open(sft_ckpt, "rb").read())
+    data = records(tmp_path / "data.jsonl", [{"prompt": "Hello"}])
+    val_data = records(tmp_path / "val.jsonl", [{"prompt": "Hey"}])
+    for options, expected in (({"data": data, "val_data": ""}, "Hello"),
+                              ({"data": data, "val_data": val_data}, "Hey")):
+        records(tmp_path / "config.json", [options])
+        assert next(pairs(str(tmp_path)))[0] == expected
+    assert next(pairs(str(tmp_path), data=data))[0] == "Hello"
+
+# -----------------------------------------------------------------------------
+# blind
+
+def test_wilson_by_hand():
+    # p = .5, n = 100: center .5,
+    # half = 1.96 / (1 + .038416) sqrt(.0025 + 3.8416 / 40000) = 1.88749 * .0509519 = .0961711
+    assert wilson(0.5, 100) == pytest.approx((0.5 - 0.0961711, 0.5 + 0.0961711), abs=1e-6)
+    low, high = wilson(1.0, 20)
+    assert high == pytest.approx(1) and low == pytest.approx(20 / (20 + 3.8416))
 
 
-def test_a_policy_that_repeats_itself_comes_to_an_end(tmp_path):
-    labeling = Labeling(itertools.cycle(MANY[:3]), tmp_path / "mine.jsonl")
-    for _ in range(3):
-        labeling.answer("1")
-    assert labeling.question is None
+def test_win_rate_by_hand():
+    """Of four pairs b wins one, ties one, loses one, and in one wins once and ties once."""
+    key = [{"prompt": "p", "run/a": f" a{i}", "run/b": f" b{i}"} for i in range(4)]
+    asked = {("p", " a0", " b0"): [" b0"], ("p", " a1", " b1"): [""], ("p", " a2", " b2"): [" a2"],
+             ("p", " a3", " b3"): [" b3", ""]}
+    assert label.win_rate(asked, key, "run/a", "run/b") == (
+        (1 + 0.5 + 0 + 0.75) / 4, *wilson(0.5625, 4), 4)
+    assert label.win_rate(asked, key, "run/b", "run/a")[0] == 1 - 0.5625
+    with pytest.raises(InputError, match="answers to other pairs, such as ' a'"):
+        label.win_rate(asked | {("p", " a", " b"): [" a"]}, key, "run/a", "run/b")
 
+
+def test_blind(sft_ckpt, tmp_path, monkeypatch, capsys):
+    """Someone who likes what the second policy wrote; nothing on the screen says who wrote what."""
+    sources = []
+    for name in ("sft", "ppo"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ckpt.pt").write_bytes(open(sft_ckpt, "rb").read())
+        sources.append(str(tmp_path / name))
+    config = Config(tuple(sources), blind=True, out=str(tmp_path / "blind.jsonl"), n=12)
+
+    def judge(prompt):
+        # What stands between the question and the prompt is all that a person sees.
+        shown = capsys.readouterr().out
+        assert not any(source in shown.partition("answers in")[2] for source in sources)
+        first, second = (line[5:] for line in shown.splitlines()[-2:])
+        liked = {row[sources[1]].strip() for row in read_jsonl(tmp_path / "blind.key.jsonl")}
+        assert (first in liked) != (second in liked)
+        return "1" if first in liked else "2"
+
+    monkeypatch.setattr("builtins.input", judge)
+    label.label(config)
+    result = f"{sources[1]} wins against {sources[0]} in 100.0% of 11 (95 % interval: 74.1% to"
+    assert result in capsys.readouterr().out
+    (tmp_path / "sft" / "ckpt.pt").unlink()     # once the pairs are drawn, no model is needed
+    label.label(config)
+    assert capsys.readouterr().out.count(result) == 2       # at the start and at the end
+    with pytest.raises(InputError, match="blind.key.jsonl is not of"):
+        label.label(Config((sources[0], "other"), blind=True, out=config.out))
+    with pytest.raises(InputError, match="two different ones"):
+        label.label(Config((sources[0],), blind=True))
+
+# -----------------------------------------------------------------------------
+# terminal and notebook
 
 def test_in_the_terminal(sft_ckpt, tmp_path, monkeypatch, capsys):
     """As a person types it: answers, a slip, an undo, quit; then again, until n are there."""
@@ -155,11 +212,9 @@ def test_in_the_terminal(sft_ckpt, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     first = type_in("1\nwhat?\n2\nu\n2\n=\nq\n")
-    assert "] 2/12  About" in first and f"3 answers in {config.out}, 1 tie\n" in first
-    assert f"4 answers in {config.out}" in type_in("1\n")       # the end of the input
-    last = type_in("1\n" * 20)
-    assert f"\n4 answers in {config.out}" in last
-    assert f"12 answers in {config.out}, 1 tie; 1 pair asked twice" in last
+    assert "] 2/12  About" in first and f"answers in {config.out}: 3, of these ties: 1\n" in first
+    assert f"answers in {config.out}: 4" in type_in("1\n")      # the end of the input
+    assert "12, of these ties: 1; asked twice: 1" in type_in("1\n" * 20)
     assert len(read_jsonl(config.out)) == 12
 
     def interrupt(prompt):
@@ -176,9 +231,9 @@ def test_bad_input_is_one_sentence(sft_ckpt, tmp_path):
                                  (("a", "b", "c"), "mine.jsonl", "one or two")):
         with pytest.raises(InputError, match=reason):
             label.label(Config(sources, out=str(tmp_path / out)))
-    command = [sys.executable, "-m", "real.label", "runs/none/ckpt.pt"]
+    command = [sys.executable, "-m", "real.label", "--blind", "runs/none/ckpt.pt", "runs/no.pt"]
     missing = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    assert missing.returncode == 2 and missing.stderr.count("error:") == 1
     assert "runs/none/ckpt.pt does not exist; check the path" in missing.stderr
 
 
@@ -192,26 +247,36 @@ def test_the_reward_model_trains_on_it(sft_ckpt, tmp_path):
     assert 0 <= read_jsonl(tmp_path / "rm" / "metrics.jsonl")[-1]["accuracy"] <= 1
 
 
-def test_widget(tmp_path):
+def test_widget(tmp_path, monkeypatch):
     pytest.importorskip("ipywidgets")
     texts = records(tmp_path / "a.jsonl", [{"prompt": "<p>", "ranked": [f"{i} <", f"{i} >"]}
                                            for i in range(4)])
     box = label.widget(texts, out=str(tmp_path / "mine.jsonl"), n=2)
-    progress, text, buttons = box.children
+    progress, text, buttons, keys = box.children
     one, two, tie, skip, undo = buttons.children
     shown = text.value
     assert "<b>&lt;p&gt;</b>" in shown and shown.count(" &lt;<") + shown.count(" &gt;<") == 2
     one.click()
     assert progress.value == 1 and text.value != shown
-    assert len(read_jsonl(tmp_path / "mine.jsonl")) == 1
-    undo.click()
-    assert progress.value == 0 and text.value == shown
+    keys.value = "U"
+    assert progress.value == 0 and text.value == shown and keys.value == ""
     skip.click()
-    two.click()
-    tie.click()
+    for key in "2=":
+        keys.value = key
     assert "That is all." in text.value and "&nbsp;" not in text.value
-    assert two.disabled and not undo.disabled
-    assert read_jsonl(tmp_path / "mine.jsonl")[1]["share"] == 0.5
+    assert [row.get("share") for row in read_jsonl(tmp_path / "mine.jsonl")] == [None, 0.5]
+    assert two.layout.display == "none" and undo.layout.display != "none"
+    keys.value = "1"                        # nothing is asked any more
+    assert len(read_jsonl(tmp_path / "mine.jsonl")) == 2
     undo.click()
-    assert not two.disabled and "That is all." not in text.value
-    assert "runs/none/ckpt.pt does not exist" in label.widget("runs/none/ckpt.pt").value
+    assert two.layout.display != "none" and "That is all." not in text.value
+    monkeypatch.setattr(label, "write_jsonl", full_disk)
+    one.click()
+    assert "<b>error:</b>" in text.value and "No space left" in text.value
+    assert "runs/none/ckpt.pt does not exist" in label.widget("runs/none").value
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert label.widget(texts) is None
+
+
+def full_disk(path, rows):
+    raise OSError(28, "No space left on device", str(path))
