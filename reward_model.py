@@ -153,6 +153,21 @@ def mean_ranks(x):
     up_to = (x[:, None] >= x).sum(dim=1)
     return (below + up_to).float()
 
+
+def chance_warning(metrics, n):
+    """A sentence if n held-out pairs or ratings cannot tell this model from a coin, else ''.
+
+    A coin is right on .5 of n pairs, with a standard error of .5 / sqrt(n); the correlation of n
+    ratings with noise is 0, with one of 1 / sqrt(n - 1)."""
+    name, coin, error = "accuracy", 0.5, 0.5 / n ** 0.5
+    if "spearman" in metrics:
+        name, coin, error = "spearman", 0.0, 1 / max(n - 1, 1) ** 0.5
+    if metrics[name] > coin + 1.96 * error:                 # the 95 % interval of a coin
+        return ""
+    return (f"warning: {name} {metrics[name]:.2f} on {n} held-out records is no better than "
+            f"chance, {coin:.2f} ± {1.96 * error:.2f}: a policy would learn noise from this reward "
+            "model. It needs more records, or ones on which people agree.")
+
 # -----------------------------------------------------------------------------
 # data
 
@@ -247,7 +262,11 @@ def train(config):
         if step % config.log_interval == 0 or is_last:
             run.log(loss=loss.item(), lr=lr, grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
-            run.log(**evaluate(reward_model, val, fields, autocast))    # accuracy, gap, ece
+            metrics = evaluate(reward_model, val, fields, autocast)     # accuracy, gap, ece
+            run.log(**metrics)
+            warning = chance_warning(metrics, len(val))
+            if is_last and warning:
+                run.write(warning)
 
     # -- normalize: samples of the SFT model get mean 0 and standard deviation 1
     reward_model.eval()                                                 # no dropout

@@ -5,6 +5,9 @@ Stage 5, sampling: let any policy write, several of them side by side.
     python sample.py "a banker" --n 10 --temperature 0.7 --top_p 0.9
     python sample.py "a banker" --policies runs/sft/ckpt.pt runs/ppo/ckpt.pt
     python sample.py                                  asks for a prompt, again and again
+    python sample.py --n 16 --best_to best.jsonl      the best of 16 for each prompt, as a file
+
+Best-of-n distillation: sft.py --init runs/sft/ckpt.pt --data best.jsonl learns from one's own best.
 
 Beside each sample stand the judge's verdict (pun, or ok for on topic), the reward model's score,
 and kl = log pi - log pi_sft of the response in nats, where these exist.
@@ -15,8 +18,8 @@ from pathlib import Path
 
 import tyro
 
-from common import InputError, Options, command_line, make_rng, setup
-from data import format_samples, measure, tokenizer_of
+from common import InputError, Options, command_line, make_rng, setup, write_jsonl
+from data import format_samples, load_prompts, measure, tokenizer_of
 from model import LANGUAGE_MODEL, load_model, load_reward_model, read_checkpoint
 from puns import world
 
@@ -27,6 +30,8 @@ class Config(Options):
     policies: tuple[str, ...] = ()          # checkpoints; none is every policy in --runs
     runs: str = "runs"          # kl is measured to its sft, and score is of its reward_model
     n: int = 3                  # samples of each policy
+    best_to: str = ""           # JSONL to write: of n samples of the first policy the best by score
+    data: str = ""              # with --best_to: JSONL of prompts; '' is the pun world
     temperature: float = 1.0    # 0 takes the most likely token
     top_k: int = 0              # sample among that many most likely tokens; 0 is all
     top_p: float = 1.0          # sample among the most likely tokens that have this mass
@@ -63,6 +68,22 @@ def write(policies, reference, reward_model, text, config, device, autocast):
         print(f"\n{path}\n{format_samples(rows, config.n)}")
 
 
+def write_best(policy, reward_model, config, device, autocast):
+    """Writes one record of prompt and completion for each prompt: the best of n by score."""
+    prompts = [record["prompt"] for record in load_prompts(config)]
+    repeated = [prompt for prompt in prompts for _ in range(config.n)]
+    rows = measure(policy, None, tokenizer_of(policy), repeated, make_rng(device, config.seed),
+                   autocast, reward_model, config.temperature, config.top_k, config.top_p)
+    records = []
+    for i, prompt in enumerate(prompts):
+        samples = rows[i * config.n:(i + 1) * config.n]     # neighbors share their prompt
+        best = max(samples, key=lambda row: row["score"])
+        if best["text"].strip():                            # an empty text teaches nothing
+            records.append({"prompt": prompt, "completion": best["text"]})
+    write_jsonl(config.best_to, records)
+    print(f"{config.best_to}: {len(records)} records")
+
+
 def main(config):
     """Samples for one prompt, or for all that the user types. Raises InputError."""
     device, autocast = setup(config)
@@ -76,6 +97,12 @@ def main(config):
         reference = load_model(reference_path, device)
     if reference is not None and reward_path.exists():
         reward_model = load_reward_model(reward_path, device)
+    if config.best_to:
+        if reward_model is None:
+            raise InputError(f"--best_to needs {reference_path} and {reward_path}, which scores")
+        first = next(iter(policies.values()))
+        write_best(first, reward_model, config, device, autocast)
+        return
     if config.prompt:
         write(policies, reference, reward_model, config.prompt, config, device, autocast)
         return

@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, off, records
 
 import sample
-from common import InputError
-from model import RewardModel, load_model, save_model
+from common import InputError, read_jsonl
+from data import complete
+from model import RewardModel, load_model, load_reward_model, save_model
+from reward_model import score_texts
 
 
 @pytest.fixture
@@ -53,6 +55,25 @@ def test_options_of_the_sampling(runs, capsys):
         assert len({line for line in out.splitlines() if "About" in line}) == 1
     seeds = [output_of(capsys, prompt="a banker", seed=seed) for seed in (1, 1, 2)]
     assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_the_best_of_n_becomes_records(runs, capsys, sft_ckpt, tok):
+    """Of four samples for each prompt the one that the reward model scores highest."""
+    prompts = ["About a banker:", "About an owl:"]
+    options = dict(best_to="best.jsonl", n=4,
+                   data=records("prompts.jsonl", [{"prompt": prompt} for prompt in prompts]))
+    with pytest.raises(InputError, match="reward_model/ckpt.pt, which scores"):
+        output_of(capsys, **options)
+    add_reward_model(sft_ckpt, tok)
+    assert "best.jsonl: 2 records" in output_of(capsys, **options)
+    repeated = [prompt for prompt in prompts for _ in range(4)]
+    rng = torch.Generator().manual_seed(sample.Config().seed)
+    texts = complete(load_model(sft_ckpt), tok, repeated, rng, off)
+    reward = load_reward_model("runs/reward_model/ckpt.pt")
+    scores = score_texts(reward, tok, repeated, texts, off).view(2, 4)
+    best = [texts[i] for i in (scores[0].argmax(), 4 + scores[1].argmax())]
+    assert read_jsonl("best.jsonl") == [{"prompt": prompt, "completion": text}
+                                        for prompt, text in zip(prompts, best, strict=True)]
 
 
 def test_a_prompt_is_a_thing_or_any_text():

@@ -117,7 +117,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(call, tmp_path):
                  ("sft --init runs/none/ckpt.pt", none), ("gan --init runs/none/ckpt.pt", none),
                  ("sft --data bad.jsonl", "bad.jsonl:2: 'completion' must be text"),
                  ("sft --data none.jsonl", "none.jsonl: cannot be read"),
-                 ("sft --arch rnn", "--arch is gpt or palm or t5, not 'rnn'"),
+                 ("sft --arch rnn", "--arch is gpt or palm or llama or t5, not 'rnn'"),
                  ("sft --tokenizer bpe", "there is no tokenizer 'bpe'"),
                  ("ppo --baseline gae", "--baseline is critic, rloo, grpo or dr_grpo, not 'gae'"),
                  ("dpo --loss ppo", "--loss is one of dpo"),
