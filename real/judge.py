@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import threading
@@ -31,12 +30,11 @@ from pathlib import Path
 import requests
 import tyro
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from common import InputError, atomic_write, command_line, progress_bar, read_jsonl
-from model import LANGUAGE_MODEL, read_checkpoint
-from real.label import pairs
+from real.label import pairs, wilson
+from sample import find_policies
 
 QUESTION = """Here are two texts, each an answer to: {prompt}
 
@@ -47,37 +45,23 @@ Text 2: {second}
 Which one is the better pun: a phrase that makes sense twice, in good English, and funny? Answer \
 with nothing but 1, 2, or = if you cannot tell them apart."""
 
-VERDICT = re.compile(r"""
-    \W*
-    (?:(?:the\ )?(?:final\ )?(?:answer|verdict|text|winner)\b(?:\ is)?[\s:*]*(?:text\ )?)?
-    (1|2|=|tie)
-    [\s.*"'`)\]]*""", re.IGNORECASE | re.VERBOSE)
+# A line that is a verdict and nothing more: `2`, `**Text 1**`, `The final answer is: =`.
+VERDICT = re.compile(r"\W*((the )?(final )?(answer|verdict|text|winner)\b( is)?[\s:*]*(text )?)?"
+                     r"(?P<verdict>1|2|=|tie)[\s.*\"'`)\]]*", re.IGNORECASE)
 
 # -----------------------------------------------------------------------------
 # the endpoint
 
-class PatientRetry(Retry):
-    """urllib3's retries. A server that asks for a longer wait gets a minute at most, and one that
-    says no readable time gets the usual wait."""
-
-    def parse_retry_after(self, retry_after):
-        try:
-            return min(super().parse_retry_after(retry_after), 60)
-        except InvalidHeader:
-            return 0
-
-
 def connect(key, workers, retries=5, wait=1.0):
     """A session that sends the key and retries what may pass: a busy or broken server, a cut
     connection, a time-out. wait: seconds before the second retry; they double each time."""
-    retry = PatientRetry(
+    retry = Retry(
         total=retries, backoff_factor=wait / 2, backoff_jitter=wait / 2, backoff_max=60,
-        allowed_methods=["POST"], status_forcelist=[408, 409, 425, 429, *range(500, 600)],
-        raise_on_status=False)
-    adapter = HTTPAdapter(max_retries=retry, pool_maxsize=workers)
+        retry_after_max=60, allowed_methods=["POST"], raise_on_status=False,
+        status_forcelist=[408, 409, 425, 429, *range(500, 600)])
     session = requests.Session()
-    session.mount("http://", adapter)
-    session.mount("https://", adapter)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=retry, pool_maxsize=workers))
 
     def add_key(request):
         if key:
@@ -98,7 +82,7 @@ def verdict_in(text):
     match = VERDICT.fullmatch(text.splitlines()[-1]) if text else None
     if match is None:
         return ""
-    return "=" if match[1].lower() == "tie" else match[1]
+    return "=" if match["verdict"].lower() == "tie" else match["verdict"]
 
 
 class Judge:
@@ -121,22 +105,22 @@ class Judge:
             self.cache.write_text(text[:text.rfind("\n") + 1], encoding="utf-8")
         self.verdict_of = {row["id"]: row["verdict"] for row in read_jsonl(self.cache)}
 
-    def body(self, question, temperature=0.0):
+    def body(self, question):
         return {"model": self.model, "messages": [{"role": "user", "content": question}],
-                "temperature": temperature}
+                "temperature": 0.0}
 
     def id(self, question):
         content = json.dumps([self.url, self.body(question)])
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
-    def ask(self, question, temperature=0.0):
+    def ask(self, question):
         """The text that the endpoint answers. Raises InputError if it cannot be had."""
         for _ in range(3):
             try:
                 # A redirect would carry the key to another host.
                 response = self.session.post(
                     self.url.rstrip("/") + "/chat/completions", timeout=self.timeout,
-                    json=self.body(question, temperature), allow_redirects=False)
+                    json=self.body(question), allow_redirects=False)
             except requests.exceptions.ChunkedEncodingError as error:   # an answer was cut off
                 problem = error
                 continue
@@ -144,7 +128,12 @@ class Judge:
                 problem = getattr(error.args[0], "reason", error) if error.args else error
                 break
             if response.status_code != 200:
-                problem = self.refusal(response)
+                advice = ""
+                if response.status_code in (401, 403):
+                    advice = ": set WORDPLAY_API_KEY or OPENAI_API_KEY"
+                says = response.text.replace(self.key or "\0", "***")
+                problem = (f"the server answers {response.status_code} {response.reason}{advice}; "
+                           f"it says: {says[:300]!r}")
                 break
             try:
                 return str(response.json()["choices"][0]["message"]["content"] or "")
@@ -153,31 +142,15 @@ class Judge:
         raise InputError(f"{self.url}: gave up: {problem}; the answers so far are kept, and the "
                          "same command continues from them")
 
-    def refusal(self, response):
-        advice = ""
-        if response.status_code in (401, 403):
-            advice = ": set WORDPLAY_API_KEY or OPENAI_API_KEY"
-        text = response.text
-        if self.key:
-            text = text.replace(self.key, "***")
-        return (f"the server answers {response.status_code} {response.reason}{advice}; "
-                f"it says: {text[:300]!r}")
-
     def judge(self, question):
-        """Asks one question and keeps the verdict. After a text without a verdict it asks twice
-        more, with some chance in it; then the question stays without one."""
-        for temperature in (0.0, 0.7, 0.7):
-            text = self.ask(question, temperature)
-            with self.lock:
-                self.n_requests += 1
-            verdict = verdict_in(text)
-            if verdict:
-                break
-        row = {"id": self.id(question), "verdict": verdict, "model": self.model,
+        """Asks one question and keeps the verdict, '' if the answer is other text."""
+        text = self.ask(question)
+        row = {"id": self.id(question), "verdict": verdict_in(text), "model": self.model,
                "answer": text[-200:]}
         with self.lock, self.cache.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        self.verdict_of[row["id"]] = verdict
+            self.n_requests += 1
+        self.verdict_of[row["id"]] = row["verdict"]
 
     def verdicts(self, questions):
         """'1', '2', '=' or '' (no verdict) of each question."""
@@ -196,52 +169,36 @@ class Judge:
 # -----------------------------------------------------------------------------
 # the table
 
-def wilson(p, n, z=1.96):
-    """(low, high) of Wilson's 95 % interval for a rate p in n trials.
-
-    With ties, which count half, it is a little too wide, never too narrow."""
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) * z / (1 + z * z / n)
-    return center - half, center + half
-
-
 def summarize(name, verdicts):
     """One row of the table.
 
     verdicts: for each pair (verdict with a shown first, verdict with b shown first). A pair with
     an empty verdict is left out. Raises InputError if none is left."""
-    kept = [pair for pair in verdicts if all(pair)]
+    points = {"1": 1.0, "=": 0.5, "2": 0.0}         # of the text that was shown first
+    kept = [(points[a_first], points[b_first]) for a_first, b_first in verdicts
+            if a_first and b_first]
     if not kept:
         raise InputError(f"{name}: the judge gave no verdict on any of {len(verdicts)} pairs, "
                          "only other text; see judge.jsonl")
-    points = {"1": 1.0, "=": 0.5, "2": 0.0}         # of the text that was shown first
-    wins, first_shown = [], []
-    n_consistent = 0
-    for a_first, b_first in kept:
-        a_points, b_points = points[a_first], points[b_first]
-        wins.append((a_points + 1 - b_points) / 2)          # of a
-        first_shown += [a_points, b_points]
-        n_consistent += a_points == 1 - b_points
-    win = sum(wins) / len(wins)
-    low, high = wilson(win, len(wins))
-    return {"policies": name, "pairs": len(kept), "win": win, "low": low, "high": high,
-            "ties": first_shown.count(0.5) / len(first_shown),
-            "consistent": n_consistent / len(kept),
-            "first": sum(first_shown) / len(first_shown),
-            "no_verdict": len(verdicts) - len(kept)}
+    n = len(kept)
+    win = sum((a_first + 1 - b_first) / 2 for a_first, b_first in kept) / n         # of a
+    low, high = wilson(win, n)
+    first = [point for pair in kept for point in pair]
+    return {"policies": name, "pairs": n, "win": win, "low": low, "high": high,
+            "ties": first.count(0.5) / len(first),
+            "consistent": sum(a_first == 1 - b_first for a_first, b_first in kept) / n,
+            "first": sum(first) / len(first), "no_verdict": len(verdicts) - n}
 
 
-HEADER = (f"{'policies':>24}  pairs  {'win %':>20}  ties %  {'same in both orders %':>21}  "
+HEADER = (f"{'policies':>24}  pairs  no verdict  {'win %':>20}  ties %  same in both orders %  "
           "first shown wins %")
 
 
 def format_row(row):
     win = f"{100 * row['win']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
-    line = (f"{row['policies']:>24}  {row['pairs']:>5}  {win:>20}  {100 * row['ties']:>6.1f}  "
-            f"{100 * row['consistent']:>21.1f}  {100 * row['first']:>18.1f}")
-    if row["no_verdict"]:
-        line += f"   ({row['no_verdict']} pairs without a verdict)"
-    return line
+    return (f"{row['policies']:>24}  {row['pairs']:>5}  {row['no_verdict']:>10}  {win:>20}  "
+            f"{100 * row['ties']:>6.1f}  {100 * row['consistent']:>21.1f}  "
+            f"{100 * row['first']:>18.1f}")
 
 
 @dataclass(slots=True)
@@ -252,7 +209,7 @@ class Config:
     reference: str = "runs/sft/ckpt.pt"     # what these policies are compared with
     out_dir: str = "runs"
     n: int = 100                # pairs of each policy, each asked twice
-    data: str = ""              # JSONL of prompts for checkpoints; '' is the pun world's
+    data: str = ""              # JSONL of prompts for checkpoints; see real/label.py
     seed: int = 0               # of the samples
     workers: int = 4            # requests at a time
     timeout: float = 60.0       # seconds to wait for an answer
@@ -265,18 +222,8 @@ def matches(config):
             raise InputError("--sources names two checkpoints or two files; without it every "
                              "policy is compared with the reference")
         return [config.sources]
-    found = []
-    for path in sorted(Path(config.out_dir).glob("*/ckpt.pt")):
-        if path.resolve() == Path(config.reference).resolve():
-            continue
-        try:
-            kind = read_checkpoint(path)["kind"]
-        except InputError as error:
-            kind = str(error)
-        if kind == LANGUAGE_MODEL:
-            found.append((str(path), config.reference))
-        else:
-            print(f"left out: {path} ({kind})")
+    found = [(str(path), config.reference) for path in find_policies(config.out_dir)
+             if path.resolve() != Path(config.reference).resolve()]
     if not found:
         raise InputError(f"{config.out_dir}: there is no other policy's ckpt.pt; name two "
                          "--sources")

@@ -12,7 +12,8 @@ from conftest import serving, toy
 from common import InputError
 from model import RewardModel, save_model
 from real import judge
-from real.judge import Config, Judge, PatientRetry, summarize, verdict_in, wilson
+from real.judge import Config, Judge, summarize, verdict_in
+from real.label import wilson
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -76,8 +77,8 @@ def status(code, content=b"busy", **headers):
 
 
 def test_it_asks_again_until_there_is_an_answer(server, tmp_path):
-    server.script = [status(429, Retry_After="0"), status(500), status(503, Retry_After="soon"),
-                     ("vanish",), ("slow",), ("fine",)]
+    server.script = [status(429, Retry_After="0"), status(500), status(503), ("vanish",),
+                     ("slow",), ("fine",)]
     assert make(server, tmp_path, timeout=0.2).ask("?") == "1"
     server.script += [("cut",), ("nonsense",), ("fine",)]
     assert make(server, tmp_path).ask("?") == "1" and len(server.requests) == 9
@@ -110,12 +111,6 @@ def test_a_refusal_is_final_and_a_redirect_is_not_followed(server, tmp_path, mon
     assert len(server.requests) == 1 and "sesame" not in str(error.value)
 
 
-@pytest.mark.parametrize("asked, seconds", [("7", 7), ("1000000", 60), ("soon", 0),
-                                            ("Wed, 21 Oct 2015 07:28:00 GMT", 0)])
-def test_how_long_it_waits(asked, seconds):
-    assert PatientRetry().parse_retry_after(asked) == seconds
-
-
 @pytest.mark.parametrize("text, found", [
     ("1", "1"), (" 2.\n", "2"), ("**2**", "2"), ("=", "="), ("Tie", "="), ("Answer: 1", "1"),
     ("The final answer is: **2**", "2"), ("Text 2", "2"),
@@ -124,14 +119,6 @@ def test_how_long_it_waits(asked, seconds):
     ("I prefer neither 1 nor 2, honestly", "")])
 def test_verdict(text, found):
     assert verdict_in(text) == found
-
-
-def test_wilson_by_hand():
-    # p = .5, n = 100: center .5,
-    # half = 1.96 / (1 + .038416) sqrt(.0025 + 3.8416 / 40000) = 1.88749 * .0509519 = .0961711
-    assert wilson(0.5, 100) == pytest.approx((0.5 - 0.0961711, 0.5 + 0.0961711), abs=1e-6)
-    low, high = wilson(1.0, 20)
-    assert high == pytest.approx(1) and low == pytest.approx(20 / (20 + 3.8416))
 
 
 def test_summary_by_hand():
@@ -144,7 +131,6 @@ def test_summary_by_hand():
     assert (row["pairs"], row["no_verdict"]) == (4, 1) and row["consistent"] == 0.5
     assert row["ties"] == 3 / 8 and row["first"] == pytest.approx(4.5 / 8)
     assert (row["low"], row["high"]) == wilson(row["win"], 4)
-    assert "(1 pairs without a verdict)" in judge.format_row(row)
     with pytest.raises(InputError, match="no verdict on any of 1 pairs"):
         summarize("a : b", [("1", "")])
 
@@ -169,13 +155,10 @@ def test_a_stopped_run_loses_nothing_and_a_repeated_one_costs_nothing(server, tm
     assert len(server.requests) == 6
 
 
-def test_nonsense_is_asked_again_and_then_left_out(server, tmp_path):
+def test_nonsense_stays_without_a_verdict(server, tmp_path):
     server.answer = lambda question: "Well..." if "hard" in question else "="
-    server.script = [("say", "Hm."), ("say", "2")]
-    assert make(server, tmp_path, workers=1).verdicts(["easy", "hard"]) == ["2", ""]
-    temperatures = [body["temperature"] for *_, body in server.requests]
-    assert temperatures == [0.0, 0.7, 0.0, 0.7, 0.7]
-    assert make(server, tmp_path).verdicts(["hard"]) == [""] and len(server.requests) == 5
+    assert make(server, tmp_path, workers=1).verdicts(["easy", "hard"]) == ["=", ""]
+    assert make(server, tmp_path).verdicts(["hard"]) == [""] and len(server.requests) == 2
 
 
 def test_the_key_comes_from_the_environment_and_is_written_nowhere(server, tmp_path, sources,
@@ -222,8 +205,7 @@ def test_policies_against_the_reference(server, tmp_path, sft_ckpt, tok, capsys)
                     out_dir=str(tmp_path), n=5)
     row, = judge.main(config)
     assert row["policies"] == "ppo : sft" and row["pairs"] == 5 and row["win"] == 0.5
-    left_out = f"left out: {tmp_path / 'reward_model' / 'ckpt.pt'} (reward model)"
-    assert left_out in capsys.readouterr().out
+    capsys.readouterr()
     judge.main(config)          # the same samples: nothing is asked again
     assert len(server.requests) == 10 and "0 requests" in capsys.readouterr().out
 
@@ -233,6 +215,6 @@ def test_bad_input(tmp_path):
     for url, sources, reason in (("localhost:8000", (), "--url is the address"),
                                  ("http://me:key@host/v1", (), "--url is the address"),
                                  (nobody, ("a.txt",), "--sources names two"),
-                                 (nobody, (), "no other policy's ckpt.pt")):
+                                 (nobody, (), "there is no policy in")):
         with pytest.raises(InputError, match=reason):
             judge.main(Config(url, "m", sources, out_dir=str(tmp_path)))
