@@ -11,11 +11,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from notebooks import nb
+from notebooks import bugs, nb
 from reward_model import ranking_loss
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SOLUTIONS = sorted((ROOT / "notebooks/solutions").glob("*.py"))
+BUGS = ROOT / "notebooks/solutions/7_spot_the_bug.py"
+SOLUTIONS = [path for path in sorted(BUGS.parent.glob("*.py")) if path != BUGS]
 MACHINE_PATH = re.compile(r"/(home|root|tmp|usr|opt|work|Users|private|var)/|[A-Z]:\\")
 
 
@@ -197,3 +198,36 @@ def another_gradient(scores):
 def test_check_says_what_is_wrong(mine, reason, capsys):
     nb.check(mine, ranking_loss, torch.randn(8, 2, generator=torch.Generator().manual_seed(1)))
     assert capsys.readouterr().out.startswith(f"wrong: {reason}")
+
+# -----------------------------------------------------------------------------
+# 7_spot_the_bug
+
+def bug_cells():
+    """{"bug_1": the cell that defines it and submits it}"""
+    notebook = nbformat.read(ROOT / "notebooks/7_spot_the_bug.ipynb", as_version=4)
+    found = {}
+    for cell in code_cells(notebook):
+        name = re.search(r"(?m)^submit\((bug_\d+)\)", cell.source)
+        if name:
+            found[name[1]] = cell.source
+    return found
+
+
+@pytest.mark.parametrize("n", range(1, 21))
+def test_the_measurement_finds_the_bug_and_accepts_the_fix(n, capsys):
+    fixes = runpy.run_path(str(BUGS))
+    names = {name: fixes[name] for name in ("torch", "nn", "F", "ppo", "logprobs",
+                                            "discriminator_loss")}
+    exec(bug_cells()[f"bug_{n}"], names | {"submit": bugs.submit})
+    assert capsys.readouterr().out.endswith("not fixed yet\n")
+    bugs.submit(fixes[f"bug_{n}"])
+    assert capsys.readouterr().out.endswith(": fixed\n")
+
+
+def test_each_verdict_is_folded_and_says_where_the_bug_stood():
+    notebook = nbformat.read(ROOT / "notebooks/7_spot_the_bug.ipynb", as_version=4)
+    text = "\n".join(cell.source for cell in notebook.cells)
+    for n in range(1, 21):
+        verdict = text.split(f"<details><summary>Verdict on bug {n}</summary>")[1]
+        where = verdict.split("</details>")[0].split("*Where it stood:*")[1]
+        assert "https://" in where or "invented" in where
