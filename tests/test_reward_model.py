@@ -3,21 +3,10 @@
 import math
 import random
 
+import conftest
 import pytest
 import torch
-from conftest import (
-    EOS,
-    PAD,
-    awake,
-    check_optimizer,
-    check_pun_world_pairs,
-    close,
-    ids,
-    off,
-    records,
-    tiny,
-    toy,
-)
+from conftest import EOS, PAD, awake, close, ids, off, records, tiny, toy
 
 import reward_model
 from common import InputError, read_jsonl
@@ -27,40 +16,41 @@ from puns import world
 from reward_model import (
     chance_warning,
     encode_comparisons,
-    evaluate,
     load_comparisons,
     ranking_loss,
-    regression_loss,
     score_all,
     score_texts,
     spearman,
 )
 
+PAIR = ["chosen", "rejected"]
 
-def loss_of_gap(x, **options):
-    return ranking_loss(torch.tensor([[x, 0.0]]), **options).item()
 
 # -----------------------------------------------------------------------------
 # the losses
 
-def test_bradley_terry_by_hand():
-    """-log sigmoid(1.5) = log(1 + e^-1.5) = .20141; a margin of 1 makes it that of a gap of .5."""
-    assert loss_of_gap(1.5) == pytest.approx(.20141, abs=1e-5)
-    assert loss_of_gap(1.5, margin=1.0) == pytest.approx(.47408, abs=1e-5)
-    assert loss_of_gap(0.0) == pytest.approx(math.log(2))
-    # centering .01 of (r_a + r_b)^2 = 1.5^2: + .0225
-    assert loss_of_gap(1.5, centering=0.01) == pytest.approx(.20141 + .0225, abs=1e-5)
-    # four of five raters agree: .8 * .20141 + .2 * (.20141 + 1.5)
-    assert loss_of_gap(1.5, share=0.8) == pytest.approx(.50141, abs=1e-5)
-    # the loss of a tie is least where both scores are equal
-    assert loss_of_gap(0.0, share=0.5) < min(loss_of_gap(x, share=0.5) for x in (-0.1, 0.1))
-    # margins and shares of each record
-    scores, margin = torch.tensor([[1.5, 0.0], [0.0, 0.0]]), torch.tensor([1.0, 0.0])
-    expected = (.47408 + math.log(2)) / 2
-    assert ranking_loss(scores, margin).item() == pytest.approx(expected, abs=1e-5)
-    scores, share = torch.tensor([[1.5, 0.0], [1.5, 0.0]]), torch.tensor([1.0, 0.5])
-    expected = (.20141 + .20141 + .75) / 2
-    assert ranking_loss(scores, share=share).item() == pytest.approx(expected, abs=1e-5)
+@pytest.mark.parametrize("gap, options, expected", [
+    (0.0, {}, math.log(2)),
+    (1.5, {}, .20141),                                  # log(1 + e^-1.5)
+    (1.5, {"margin": 1.0}, .47408),                     # as with a gap of .5
+    (1.5, {"centering": 0.01}, .20141 + .0225),         # .01 (1.5 + 0)^2
+    (1.5, {"share": 0.8}, .50141),                      # .8 * .20141 + .2 * (.20141 + 1.5)
+    (0.1, {"share": 0.5}, .69440),                      # of a tie: least, ln 2, at a gap of 0
+    (-200.0, {}, 200.0)])                               # where log(sigmoid(x)) would be -inf
+def test_bradley_terry_by_hand(gap, options, expected):
+    scores = torch.tensor([[gap, 0.0]], requires_grad=True)
+    loss = ranking_loss(scores, **options)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    loss.backward()
+    assert scores.grad.isfinite().all()
+
+
+def test_each_record_has_its_own_margin_and_share():
+    scores = torch.tensor([[1.5, 0.0], [0.0, 0.0]])
+    found = ranking_loss(scores, margin=torch.tensor([1.0, 0.0])).item()
+    assert found == pytest.approx((.47408 + math.log(2)) / 2, abs=1e-5)
+    found = ranking_loss(scores, share=torch.tensor([0.8, 0.5])).item()
+    assert found == pytest.approx((.50141 + math.log(2)) / 2, abs=1e-5)
 
 
 def test_a_ranking_of_three_is_the_mean_of_its_three_pairs():
@@ -70,23 +60,6 @@ def test_a_ranking_of_three_is_the_mean_of_its_three_pairs():
         close(ranking_loss(scores, **options), sum(pairs) / 3)
 
 
-@pytest.mark.parametrize("dtype, far", [(torch.float32, 200.0), (torch.bfloat16, 50.0)])
-def test_a_large_gap_gives_finite_numbers(dtype, far):
-    """log(sigmoid(x)) is -inf from x = -88.8 on, and its gradient NaN; logsigmoid is not."""
-    for x in (far, -far):
-        scores = torch.tensor([[x, 0.0]], dtype=dtype, requires_grad=True)
-        loss = ranking_loss(scores)
-        loss.backward()
-        assert loss.item() == pytest.approx(max(0.0, -x), abs=1e-3)
-        assert scores.grad[0, 0].item() == pytest.approx(0.0 if x > 0 else -1.0, abs=1e-3)
-
-
-def test_regression_loss_by_hand():
-    """(1 + 4) / 2."""
-    assert regression_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])).item() == 2.5
-    with pytest.raises(AssertionError):
-        regression_loss(torch.zeros(4), torch.zeros(4, 1))
-
 # -----------------------------------------------------------------------------
 # scores of texts
 
@@ -95,8 +68,8 @@ def test_texts_of_different_widths_are_scored_together():
     reward = RewardModel(awake(toy())).eval()
     batch = {"prompt": ids([PAD, 1, 2], [3, 4, 5]), "chosen": ids([6, 7, EOS], [8, EOS, PAD]),
              "rejected": ids([9, EOS, PAD, PAD], [1, 2, 3, EOS])}
-    expected = [reward(batch["prompt"], batch[field]) for field in ("chosen", "rejected")]
-    close(score_all(reward, batch, ["chosen", "rejected"]), torch.stack(expected, dim=1))
+    expected = [reward(batch["prompt"], batch[field]) for field in PAIR]
+    close(score_all(reward, batch, PAIR), torch.stack(expected, dim=1))
 
 
 def test_texts_are_scored_as_their_ids(tiny_model, tok):
@@ -108,7 +81,6 @@ def test_texts_are_scored_as_their_ids(tiny_model, tok):
     for i in (0, 1, 2, 399):
         text = ids(tok.encode(texts[i]) + [tok.eos_token_id])
         close(scores[i], reward(ids(tok.encode(prompts[i])), text)[0])
-
 
 # -----------------------------------------------------------------------------
 # evaluation
@@ -128,10 +100,7 @@ class Table(torch.nn.Module):
         encoded = {"prompt": torch.arange(len(self.table))[:, None]} | numbers
         for i, field in enumerate(fields):
             encoded[field] = torch.full((len(self.table), 1), i)
-        return evaluate(self, Batches(encoded, 1, 10_000, "cpu", 0), fields, off)
-
-
-PAIR = ["chosen", "rejected"]
+        return reward_model.evaluate(self, Batches(encoded, 1, 10_000, "cpu", 0), fields, off)
 
 
 def test_evaluation_is_the_mean_over_all_records():
@@ -144,6 +113,10 @@ def test_evaluation_is_the_mean_over_all_records():
     # A tie is neither right nor wrong: without the wrong records all is right.
     share = torch.where(right, 1.0, 0.5)
     assert table.evaluate(PAIR, share=share)["accuracy"] == 1
+    # Best 2, middle 0, worst 1: two of three pairs are in order; gaps 2, 1, -1.
+    columns = [torch.full((4,), score) for score in (2.0, 0.0, 1.0)]
+    metrics = Table(*columns).evaluate(["rank0", "rank1", "rank2"])
+    assert metrics["accuracy"] == pytest.approx(2 / 3) and metrics["gap"] == pytest.approx(2 / 3)
 
 
 def test_calibration_error_by_hand():
@@ -153,13 +126,6 @@ def test_calibration_error_by_hand():
     gaps = torch.tensor([a, a, a, -a, b, b, b, -b, -b, -b])
     metrics = Table(gaps, torch.zeros(10)).evaluate(PAIR)
     assert metrics == pytest.approx({"ece": .08, "accuracy": .6, "gap": a / 5}, abs=1e-5)
-
-
-def test_three_ranks_have_three_pairs():
-    """Best 2, middle 0, worst 1: two of three pairs are in order; gaps 2, 1, -1."""
-    columns = [torch.full((4,), score) for score in (2.0, 0.0, 1.0)]
-    metrics = Table(*columns).evaluate(["rank0", "rank1", "rank2"])
-    assert metrics["accuracy"] == pytest.approx(2 / 3) and metrics["gap"] == pytest.approx(2 / 3)
 
 
 def test_ratings_by_hand():
@@ -215,20 +181,19 @@ def run_of(folder, sft_ckpt, rows, val_rows, **changes):
 def test_it_prefers_what_is_chosen(tmp_path, sft_ckpt, tok, changes):
     """Unseen pairs are in order, also by the saved model. Its scores have mean 0 and deviation 1
     over samples of the SFT model."""
-    rows = rows_about(60, **GOOD)
-    metrics, reward = run_of(tmp_path, sft_ckpt, rows, rows_about(40, 1, **GOOD), **changes)
+    rows, unseen = rows_about(60, **GOOD), rows_about(40, 1, **GOOD)
+    metrics, reward = run_of(tmp_path, sft_ckpt, rows, unseen, **changes)
     assert metrics[-2]["loss"] < 0.3 and metrics[-1]["accuracy"] > 0.9 and metrics[-1]["gap"] > 1
-    unseen = rows_about(40, 2, **GOOD)
     prompts = [row["prompt"] for row in unseen]
     chosen, rejected = (score_texts(reward, tok, prompts, [row[field] for row in unseen], off)
                         for field in PAIR)
-    assert (chosen > rejected).float().mean() > 0.9
-
+    assert (chosen > rejected).float().mean().item() == pytest.approx(metrics[-1]["accuracy"])
     prompts = [row["prompt"] for row in rows] * 5
-    texts = complete(load_model(sft_ckpt), tok, prompts, torch.Generator().manual_seed(7), off)
+    start = load_model(sft_ckpt)
+    texts = complete(start, tok, prompts, torch.Generator().manual_seed(7), off)
     scores = score_texts(reward, tok, prompts, texts, off)
     assert abs(scores.mean()) < 0.4 and scores.std().item() == pytest.approx(1, abs=0.4)
-    trained = {name for name, w in load_model(sft_ckpt).state_dict().items()
+    trained = {name for name, w in start.state_dict().items()
                if not torch.equal(reward.model.state_dict()[name], w)}
     assert ("wte.weight" in trained) == (not changes) and "h.0.mlp.c_fc.weight" in trained
     assert (tmp_path / "adapter.pt").exists() == ("lora" in changes)
@@ -244,21 +209,18 @@ def test_held_out_pairs_are_those_of_val_data(tmp_path, sft_ckpt):
     assert "chance" not in (tmp_path / "samples.txt").read_text(encoding="utf-8")
 
 
-def test_rankings_are_learned(tmp_path, sft_ckpt):
-    texts = [" yes, {}", " maybe, {}", " no, {}"]
+def test_rankings_and_ratings_are_learned(tmp_path, sft_ckpt):
+    texts = dict(a=" yes, {}", b=" maybe, {}", c=" no, {}")
     rows = [{"prompt": row["prompt"], "ranked": [row[field] for field in "abc"]}
-            for row in rows_about(80, **dict(zip("abc", texts, strict=True)))]
+            for row in rows_about(80, **texts)]
     metrics, _ = run_of(tmp_path, sft_ckpt, rows[:60], rows[60:], loss="ranking")
     assert metrics[-1]["accuracy"] > 0.9
     rows[70]["ranked"].append(" hm")
     with pytest.raises(InputError, match="val.jsonl:11: ranks 4 texts, and another record 3"):
         run_of(tmp_path, sft_ckpt, rows[:60], rows[60:], loss="ranking")
 
-
-def test_ratings_are_learned(tmp_path, sft_ckpt):
-    rows = rows_about(40, completion=" yes, {}") + rows_about(40, 1, completion=" no, {}")
-    for i, row in enumerate(rows):
-        row["rating"] = 2 if i < 40 else -1
+    rows = [row | {"rating": 2} for row in rows_about(40, completion=" yes, {}")]
+    rows += [row | {"rating": -1} for row in rows_about(40, 1, completion=" no, {}")]
     random.Random(0).shuffle(rows)
     metrics, _ = run_of(tmp_path, sft_ckpt, rows[:60], rows[60:], loss="regression", likelihood=0)
     assert metrics[-1]["val_mse"] < 1 and metrics[-1]["spearman"] > 0.8
@@ -295,43 +257,39 @@ def test_options_of_the_optimizer(tmp_path, sft_ckpt):
         return dict(run_of(tmp_path, sft_ckpt, rows, rows[:2], **sizes)[1].named_parameters())
 
     assert {"scalar_head.weight", "likelihood"} <= set(weights_after())
-    check_optimizer(weights_after, still=["scalar_head.bias"])
+    conftest.check_optimizer(weights_after, still=["scalar_head.bias"])
 
 
 def test_dropout_acts_in_training_alone(tmp_path, sft_ckpt, tok):
     model, rows = load_model(sft_ckpt), rows_about(16, **GOOD)
     model.config.dropout = 0.5
     save_model(tmp_path / "sft.pt", model, tok)
-    found = [run_of(tmp_path, init, rows, rows, max_steps=1, lr=0.0)
-             for init in (sft_ckpt, str(tmp_path / "sft.pt"))]
-    calm, noisy = (metrics for metrics, _ in found)
+    (calm, a), (noisy, b) = (run_of(tmp_path, init, rows, rows, max_steps=1, lr=0.0)
+                             for init in (sft_ckpt, str(tmp_path / "sft.pt")))
     assert noisy[0]["loss"] != pytest.approx(calm[0]["loss"], abs=1e-6)
     assert noisy[1]["gap"] == pytest.approx(calm[1]["gap"], abs=1e-4)
-    assert found[1][1].shift.item() == pytest.approx(found[0][1].shift.item(), abs=1e-3)
+    assert b.shift.item() == pytest.approx(a.shift.item(), abs=1e-3)
 
 
 def test_comparisons_of_the_pun_world():
-    check_pun_world_pairs(lambda **options: load_comparisons(reward_model.Config(**options)))
-    config = reward_model.Config(corpus_size=50, loss="ranking")
-    ranked, val, fields = load_comparisons(config)
+    def load(**options):
+        return load_comparisons(reward_model.Config(**options))
+
+    conftest.check_pun_world_pairs(load)
+    ranked, val, fields = load(corpus_size=50, loss="ranking")
     assert fields == ["rank0", "rank1", "rank2"] and ranked[0]["rank0"] == ranked[0]["ranked"][0]
     assert ranked != val[:50]
-
-
-def test_what_cannot_be_learned_from_is_refused():
     with pytest.raises(InputError, match="--loss is pairwise, ranking or regression"):
-        load_comparisons(reward_model.Config(loss="hinge"))
+        load(loss="hinge")
     with pytest.raises(InputError, match="needs ratings"):
-        load_comparisons(reward_model.Config(loss="regression"))
+        load(loss="regression")
 
 
 def test_the_head_needs_one_position_more(tmp_path, sft_ckpt, tok):
     """With its end token, a text of 48 tokens is refused by a block of 48, and one of 47 fits."""
-    for n, fits in ((26, True), (27, False)):
-        row = {"prompt": "1 " * 10, "chosen": ("1 " * 14)[:n], "rejected": " no"}
-        assert len(tok.encode(row["prompt"])) == 20 and len(tok.encode(row["chosen"])) == n
-        if fits:
-            run_of(tmp_path, sft_ckpt, [row] * 16, [row], max_steps=1)
-            continue
-        with pytest.raises(InputError, match="data.jsonl:1: 48 tokens of prompt and chosen"):
-            run_of(tmp_path, sft_ckpt, [row] * 16, [row], max_steps=1)
+    row = {"prompt": "1 " * 10, "chosen": ("1 " * 13)[:26], "rejected": " no"}
+    assert len(tok.encode(row["prompt"])) == 20 and len(tok.encode(row["chosen"])) == 26
+    run_of(tmp_path, sft_ckpt, [row] * 16, [row], max_steps=1)
+    row["chosen"] += "1"
+    with pytest.raises(InputError, match="data.jsonl:1: 48 tokens of prompt and chosen"):
+        run_of(tmp_path, sft_ckpt, [row] * 16, [row], max_steps=1)
