@@ -9,6 +9,7 @@
 #                    judged: real/Makefile
 # make notebooks     executes all notebooks in place; with TINY=1 in a minute, without changing them
 # make test          ruff and the whole test suite
+# make bench NANOGPT=folder    beside nanoGPT, transformers, TRL, in 5 minutes
 # make clean         removes runs/ and nothing else
 #
 # Each line below is what you would type yourself, with the paths that are its defaults.
@@ -124,6 +125,9 @@ ruff: .venv/ready-test
 	$(PY) -m ruff check .
 test: ruff
 	$(PY) -m pytest -q tests
+
+bench: .venv/ready-test
+	$(PY) tests/bench.py $(NANOGPT)
 
 clean:
 	rm -rf runs

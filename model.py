@@ -713,7 +713,8 @@ def sampling_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):
     logits = logits.float()                             # bfloat16 is too coarse for probabilities
     if temperature == 0:
         top_k, temperature = 1, 1.0
-    logits = logits / temperature                                       # (.., V)
+    if temperature != 1:
+        logits = logits / temperature                                   # (.., V)
     if top_k:
         best = logits.topk(min(top_k, logits.size(-1)), dim=-1)         # (.., k)
         logits = torch.full_like(logits, -math.inf).scatter(-1, best.indices, best.values)

@@ -33,6 +33,11 @@ HUB = {
     "gpt2-medium": "openai-community/gpt2-medium@6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
     "t5-small": "google-t5/t5-small@df1b051c49625cf57a3d0d8d3863ed4d13564fe4",
     "google/flan-t5-small": "google/flan-t5-small@0fc9ddf78a1e988dac52e2dac162b0ede4fd74ab",
+    "HuggingFaceTB/SmolLM2-135M":
+        "HuggingFaceTB/SmolLM2-135M@93efa2f097d58c2a74874c7e644dbc9b0cee75a2",
+    "HuggingFaceTB/SmolLM2-135M-Instruct":
+        "HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f77366fa6b3b4b768ec3050bf629380bac",
+    "Qwen/Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B@060db6499f32faf8b98477b0a26969ef7d8b9987",
 }
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -323,8 +328,10 @@ def load_pretrained(name):
 def convert(name: tyro.conf.Positional[str], out_dir: tyro.conf.Positional[str]):
     """Writes OUT_DIR/ckpt.pt, a checkpoint that every stage can start from, and its tokenizer.
 
-    NAME: gpt2, gpt2-medium, t5-small, google/flan-t5-small, owner/name@revision on the hub, or a
-    folder. The other way: python -m real.pretrained export CKPT OUT_DIR."""
+    NAME: gpt2, gpt2-medium, t5-small, HuggingFaceTB/SmolLM2-135M, Qwen/Qwen2.5-0.5B, any other
+    owner/name@revision on the hub, or a folder.
+
+    The other way: python -m real.pretrained export CKPT OUT_DIR."""
     model, tok = load_pretrained(name)
     path = Path(out_dir, "ckpt.pt")
     save_model(path, model, tok, source=HUB.get(name, name))

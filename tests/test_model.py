@@ -4,11 +4,12 @@ import math
 import random
 import re
 
+import bench
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import EOS, PAD, PROMPT, RESPONSE, ROOT, VARIANTS, awake, close, ids, toy
+from conftest import EOS, PAD, PROMPT, RESPONSE, ROOT, VARIANTS, awake, close, ids, off, toy
 
 import model as net
 from common import InputError
@@ -392,6 +393,18 @@ def test_a_bad_checkpoint_is_one_sentence(tmp_path, tok):
         assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="holds a language model; a reward model is needed here"):
         net.load_reward_model(good)
+
+
+def test_the_comparison_with_peers_runs(monkeypatch, capsys):
+    """make bench, with next to nothing to do."""
+    tiny = (dict(vocab_size=64, n_layer=1, n_head=2, n_embd=16), (8, 8), (32, 4, 4))
+    for name, value in dict(CPU=[tiny], SECONDS=0, LEAST=1).items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "setup", lambda _: (torch.device("cpu"), off))
+    bench.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if " 1 x 16 " in line]
+    assert [line[:5] for line in lines if "wordplay  " in line] == ["train", "write", "ppo  "]
+    assert all(float(line.split()[-1]) == 1 for line in lines if "wordplay  " in line)
 
 
 def test_no_pickle_is_ever_loaded():
