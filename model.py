@@ -110,7 +110,9 @@ def attend(q, k, v, bias, scale):
     # The heads of a group below each other: one product with the keys that they share.
     q = q.reshape(B, n_groups, -1, head_size)               # (B, G, nh/G T, hs)
     if q.device.type != "cpu":
-        bias = bias.to(q.dtype).repeat(1, 1, n_head // n_groups, 1)     # .. (.., nh/G T, S)
+        bias = bias.to(q.dtype)
+        if n_groups < n_head:
+            bias = bias.repeat(1, 1, n_head // n_groups, 1)             # (B, 1, nh/G T, S)
         y = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
     else:
         # On a CPU, for short texts, the formula itself is faster than the fused kernel.

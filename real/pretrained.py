@@ -273,7 +273,7 @@ def model_config(name):
         if key in theirs:
             kinds = (int, float) if key in FRACTIONS else int
             if not isinstance(theirs[key], kinds):
-                raise InputError(f"{path}: {key} is {theirs[key]}; one whole number is supported")
+                raise InputError(f"{path}: {key} is {theirs[key]}; one number is supported")
             ours[field] = theirs[key]
     if "eos_token_id" not in ours:
         raise InputError(f"{path}: eos_token_id is missing: it says which token ends a text")

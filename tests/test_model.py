@@ -1,7 +1,6 @@
-"""The networks and the interface in front of them: random weights, hand numbers, and parity."""
+"""The networks and the interface in front of them; test_pretrained.py has parity with others."""
 
 import math
-import random
 import re
 
 import bench
@@ -14,7 +13,6 @@ from conftest import EOS, PAD, PROMPT, RESPONSE, ROOT, VARIANTS, awake, close, i
 import model as net
 from common import InputError
 from model import ModelConfig, RewardModel, logprobs
-from real.pretrained import change_layout, family_of, published_config, their_name
 
 MASK = RESPONSE != PAD
 
@@ -179,60 +177,6 @@ def test_relative_buckets_by_hand():
     causal = torch.tensor([5, 0, -1, -15, -16, -40, -127, -128, -1000])
     expected = [0, 0, 1, 15, 16, 23, 31, 31, 31]        # the future is masked, in any bucket
     assert net.relative_buckets(causal, 32, 128, causal=True).tolist() == expected
-
-# -----------------------------------------------------------------------------
-# parity with transformers
-
-def their_logits(model, prompt, response):
-    mask = prompt != PAD
-    prompt, response = prompt.masked_fill(~mask, 0), response.masked_fill(response == PAD, 0)
-    if model.config.is_encoder_decoder:
-        decoder_input = F.pad(response[:, :-1], (1, 0), value=model.config.decoder_start_token_id)
-        return model(prompt, attention_mask=mask, decoder_input_ids=decoder_input).logits
-    mask = F.pad(mask, (0, response.size(1)), value=True).long()
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    tokens = torch.cat([prompt, response], dim=1)
-    logits = model(tokens, attention_mask=mask, position_ids=positions).logits
-    return logits[:, prompt.size(1) - 1:-1]
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", ["gpt", "llama", "qwen2", "t5-v1.0", "t5-v1.1"])
-def test_logits_and_gradients_are_those_of_transformers(name, seed):
-    """Of a model of random sizes there that gets our weights."""
-    transformers, rng = pytest.importorskip("transformers"), random.Random(seed)
-    n_head, head_size = rng.choice([2, 3]), rng.choice([4, 6])
-    sizes = dict(n_layer=rng.choice([1, 2]), n_head=n_head, n_inner=24, block_size=48)
-    if name == "gpt":
-        sizes["n_embd"] = n_head * head_size
-    elif name in ("llama", "qwen2"):
-        n_kv_head = rng.choice([1, 2, 3])
-        n_head *= n_kv_head
-        sizes |= dict(n_head=n_head, n_kv_head=n_kv_head, n_embd=n_head * 4, head_size=head_size)
-    else:
-        n_buckets, max_distance = rng.choice([(8, 16), (32, 128), (16, 30)])
-        sizes |= dict(head_size=head_size, n_buckets=n_buckets, max_distance=max_distance)
-    ours = awake(toy(seed, **VARIANTS[name] | sizes | dict(decoder_start_token_id=7)))
-    family = family_of(ours.config)
-    config = transformers.AutoConfig.for_model(**published_config(ours.config, {}, 0))
-    theirs = getattr(transformers, family.class_name)(config).eval()
-    if name == "t5-v1.1":           # not tied, but it shares the embedding even so
-        theirs.lm_head.weight = nn.Parameter(torch.zeros(PAD, 32))
-    weights = dict(theirs.named_parameters())
-    with torch.no_grad():
-        for key, p in ours.named_parameters():
-            weights[their_name(family, key)].copy_(change_layout(family, key, p))
-
-    prompt, response = torch.randint(0, PAD, (3, 18)), torch.randint(0, PAD, (3, 20))
-    prompt[0, :3] = prompt[2, :17] = response[1, 3:] = PAD
-    mask = response != PAD
-    logits = their_logits(theirs, prompt, response)
-    close(ours(prompt, response)[mask], logits[mask], atol=1e-4)
-    (-logprobs(ours, prompt, response).sum() / mask.sum()).backward()
-    F.cross_entropy(logits[mask], response[mask]).backward()
-    for key, p in ours.named_parameters():
-        gradient = weights[their_name(family, key)].grad
-        close(change_layout(family, key, p.grad), gradient, atol=1e-4)
 
 # -----------------------------------------------------------------------------
 # sampling and log-probs
