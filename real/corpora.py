@@ -38,7 +38,7 @@ import tyro
 
 import data
 from common import InputError, command_line, write_jsonl
-from real.duplicates import ANSWERS, MOST_COMPARED, answers_of, group_records, split
+from real.duplicates import ANSWERS, answers_of, group_records, split
 from real.reading import (
     NUMBER,
     check_fields,
@@ -155,6 +155,8 @@ def own_record(row):
         request = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
         return {"prompt": f"{HUMAN} {request}{ASSISTANT}", "completion": with_space(row["output"])}
     record = dict(row)
+    if record.get("label") in (0, 1):
+        record["label"] = bool(record["label"])
     if "messages" in row:
         messages = check_fields(row, {"messages": list})["messages"]
         record = {"prompt": messages[:-1], "completion": messages[-1:]}
@@ -268,30 +270,33 @@ def load(path, format="auto", fits=always, semeval=""):
     for where, row in read_rows(path):
         try:
             record = to_record(row)
-            shape = natural_shape(record)
-            check(record, shape, Unusable if format not in OWN else InputError)
-            first = natural_shape(records[0]) if records else shape
-            if shape != first:
-                raise InputError(f"this is a {shape} record, but the file began with a {first} "
-                                 "record: split it into files of one kind")
-            records.append({"where": where} | record)
+            reason = problem_of(record)
         except Unusable as error:
-            dropped[str(error)].append(where)
+            reason = str(error)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        if reason and format in OWN:
+            raise InputError(f"{where}: {reason}")
+        if reason:
+            dropped[reason].append(where)
+            continue
+        records.append({"where": where} | record)
+        shapes = [natural_shape(records[0]), natural_shape(record)]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"{where}: the file began with {shapes[0]} records, and this is a "
+                             f"{shapes[1]} record: split it into files of one kind")
     if not records and not dropped:
         raise InputError(f"{path}: this file has no records")
     return Corpus(format, records, dropped)
 
 
-def check(record, shape, error_class):
-    """Raises error_class, with the reason, if a record of a shape cannot be used."""
-    if record.get("label", True) not in (True, False):          # 1 and 0 are equal to these
-        raise error_class("'label' must be true or false")
+def problem_of(record):
+    """Why no stage can use a record, or ""."""
     try:
-        data.check_record("", record, [field for field in FIELDS[shape] if field != "label"])
+        data.check_record("", record, FIELDS[natural_shape(record)])
     except InputError as error:
-        raise error_class(str(error).removeprefix(": ")) from None
+        return str(error).removeprefix(": ")
+    return ""
 
 
 def recognize(path):
@@ -333,14 +338,15 @@ def recognize_object(row):
 # -----------------------------------------------------------------------------
 # the command
 
-def reshape(records, shape, n_pairs=20_000, seed=0):
+def reshape(records, shape):
     """(records in one of the shapes of FIELDS, {reason: places} of those left out).
 
-    completion: of a comparison the better text, of labeled texts those labeled true.
-    n_pairs, seed: for the comparisons that puns are drawn for."""
+    completion: of a comparison the better text, of labeled texts those labeled true."""
     if records and isinstance(records[0], Pun):
-        return records_of(records, shape, n_pairs, seed)
-    wanted = ("where", "id", "margin", "share") if shape == "preference" else ("where", "id")
+        return records_of(records, shape)
+    wanted = ("where", "id") + FIELDS[shape]
+    if shape == "preference":
+        wanted += ("margin", "share")
     shaped, left_out = [], collections.defaultdict(list)
     for record in records:
         if shape == "completion" and not record.get("label", True):
@@ -350,8 +356,7 @@ def reshape(records, shape, n_pairs=20_000, seed=0):
             best = record["chosen"] if "chosen" in record else record["ranked"][0]
             record = record | {"completion": best}
         if set(FIELDS[shape]) <= set(record):
-            shaped.append({field: record[field] for field in wanted + FIELDS[shape]
-                           if field in record})
+            shaped.append({field: record[field] for field in wanted if field in record})
         else:
             left_out[f"it has no {names(FIELDS[shape])}"].append(record["where"])
     return shaped, left_out
@@ -389,22 +394,23 @@ def convert(format: tyro.conf.Positional[str], path: tyro.conf.Positional[Path],
     shape = shape or natural_shape(first)
 
     def shaped(records):
-        n_pairs = round(20_000 * len(records) / len(corpus.records))
-        records, left_out = reshape(records, shape, n_pairs, seed)
+        records, left_out = reshape(records, shape)
         kept, too_long = [], []
         for record in records:
-            fitting = fits(record["prompt"], *answers_of(record))
-            (kept if fitting else too_long).append(record)
-        left_out[f"longer than {block_size} tokens"] = [
-            record.get("where", record.get("id")) for record in too_long]
-        print_dropped(left_out)
+            if fits(record["prompt"], *answers_of(record)):
+                kept.append(record)
+            else:
+                too_long.append(record.get("where", record.get("id")))
+        print_dropped(left_out | {f"longer than {block_size} tokens": too_long})
         return kept
 
+    records = corpus.records if isinstance(first, Pun) else shaped(corpus.records)
+    groups = group_records(records)
+    print(f"  near-duplicates of another record, on one side with it: {len(records) - len(groups)}")
+    parts = split(records, test_fraction, seed, groups)
     if isinstance(first, Pun):
-        # Split first, since the two texts of a comparison have to be on the same side.
-        parts = [shaped(part) for part in split_and_tell(corpus.records, test_fraction, seed)]
-    else:
-        parts = split_and_tell(shaped(corpus.records), test_fraction, seed)
+        # Comparisons are drawn after the split, so that both texts are on the same side.
+        parts = [shaped(part) for part in parts]
     if not any(parts):
         has = "puns" if isinstance(first, Pun) else names(name for name in first if name != "where")
         raise InputError(f"{path}: no {shape} records are left: they need {names(FIELDS[shape])}, "
@@ -422,19 +428,6 @@ def print_dropped(dropped):
     for reason, places in dropped.items():
         if places:
             print(f"  dropped {len(places)}: {reason} (first: {places[0]})")
-
-
-def split_and_tell(records, test_fraction, seed):
-    """split(), and prints how many duplicates it keeps on one side."""
-    groups = group_records(records)
-    sizes = [len(rows) for rows in groups if len(rows) > 1]
-    what = "near-duplicates" if len(records) <= MOST_COMPARED else "the same prompt or text"
-    print(f"  groups with {what}, which are not split: {len(sizes)}, the largest of "
-          f"{max(sizes, default=0)} records")
-    train, test = split(records, test_fraction, seed, groups)
-    if train and test_fraction > 0 and not test:
-        print("  note: all records are near-duplicates of one another, so there is no test set")
-    return train, test
 
 
 def report(name, shape, records):

@@ -6,6 +6,7 @@ is. split(records) parts whole groups of near-duplicates.
 """
 
 import collections
+import heapq
 import itertools
 import math
 import re
@@ -14,7 +15,6 @@ import zlib
 from common import progress_bar
 
 ANSWERS = ("completion", "chosen", "rejected")      # the fields of a record that hold an answer
-MOST_COMPARED = 20_000      # of more records, only equal texts are found
 
 
 def answers_of(record):
@@ -36,7 +36,7 @@ def words_of(text):
     return set(re.findall(r"[^\W_]+", text.lower().replace("'", "")))
 
 
-def group(texts_of_records, threshold=0.45, rarest=16):
+def group(texts_of_records, threshold=0.45, rarest=6):
     """A number for each record, given as its list of texts; near-duplicates share their number.
 
     Two texts are near-duplicates if the words that they share weigh at least `threshold` of all
@@ -46,7 +46,7 @@ def group(texts_of_records, threshold=0.45, rarest=16):
 
     Not all pairs are compared (prefix filtering): with the words of each text sorted, rarest first,
     two near-duplicates must share a word before the rest is too light to reach the threshold. At
-    most `rarest` words of a text are looked up, which is exact for texts of up to about 30 words,
+    most `rarest` words of a text are looked up, which is exact for texts of up to about ten words,
     and a good approximation beyond."""
     number = list(range(len(texts_of_records)))
     members = {i: [i] for i in number}
@@ -71,7 +71,7 @@ def group(texts_of_records, threshold=0.45, rarest=16):
     texts_with = collections.defaultdict(list)      # word -> earlier texts with it in their prefix
     for k, words in enumerate(progress_bar(sets, "near-copies", len(sets), at_least=5000)):
         prefix, rest = [], total[k]
-        for word in sorted(words, key=lambda word: (count[word], word))[:rarest]:
+        for word in heapq.nsmallest(rarest, words, key=lambda word: (count[word], word)):
             if rest < threshold * total[k] - 1e-9:
                 break
             prefix.append(word)
@@ -86,16 +86,10 @@ def group(texts_of_records, threshold=0.45, rarest=16):
 
 
 def group_records(records):
-    """Lists of the indices of records that must stay together: near-duplicates, or, of more than
-    MOST_COMPARED records, those with the same long prompt or the same text."""
-    texts = [texts_of(record) for record in records]
-    if len(records) <= MOST_COMPARED:
-        keys = group(texts)
-    else:
-        keys = [texts_of_record[-1] for texts_of_record in texts]
+    """Lists of the indices of records that must stay together."""
     groups = collections.defaultdict(list)
-    for i, key in enumerate(keys):
-        groups[key].append(i)
+    for i, number in enumerate(group([texts_of(record) for record in records])):
+        groups[number].append(i)
     return list(groups.values())
 
 

@@ -3,10 +3,9 @@ Puns that people wrote and rated: SemEval-2017 task 7 and ExPUNations, and what 
 
     load_semeval, load_expun   their files -> Puns; people call them through corpora.load()
     records_of(puns, shape)    Puns -> the records that stages read
-    preferences(puns)          comparisons for the reward model, from three sources:
-      rated_pairs(puns)        two texts that the same people rated, the funnier one first
-      detection_pairs(puns)    a pun, and a text of its kind and length that is not a pun
-      depun(pun)               a minimal pair: `I knead dough.` without its pun is `I need dough.`
+    rated_pairs(puns)          two texts that the same people rated, the funnier one first
+    detection_pairs(puns)      a pun, and a text of its kind and length that is not a pun
+    depun(pun)                 a minimal pair: `I knead dough.` without its pun is `I need dough.`
 
 Both data sets are for non-commercial use, and so are the models trained on them.
 """
@@ -243,45 +242,32 @@ def word_prompt(word):
     return f'A pun with the word "{word.lower()}":'
 
 
-def completion(pun):
-    return {"prompt": word_prompt(pun.pun_word), "completion": " " + pun.text}
-
-
-def records_of(puns, shape, n_pairs=20_000, seed=0):
+def records_of(puns, shape):
     """(records of a shape, {reason: ids} of the puns that were left out).
 
-    completion and prompt: puns, asked for by their word. rating: rated texts.
-    preference: see preferences()."""
+    completion and prompt: puns, asked for by their word. rating: rated texts. preference: pairs of
+    texts that the same people rated, at most 20,000 of them."""
     if shape == "preference":
-        return preferences(puns, n_pairs, seed), {}
-    if shape == "rating":
-        records = [{"id": pun.id, "prompt": PROMPT, "completion": " " + pun.text,
-                    "rating": pun.funniness} for pun in puns if pun.ratings]
-        return records, {"nobody rated it": [pun.id for pun in puns if not pun.ratings]}
-    if shape not in ("completion", "prompt"):
+        pairs = list(rated_pairs(puns, 0.4))
+        pairs = random.Random(0).sample(pairs, min(len(pairs), 20_000))
+        return [{"id": a.id, "prompt": PROMPT, "chosen": " " + a.text, "rejected": " " + b.text,
+                 "margin": margin, "share": max(share, 0.5)} for a, b, margin, share in pairs], {}
+    if shape not in ("completion", "prompt", "rating"):
         raise InputError("puns become records of completion, prompt, rating or preference, "
                          f"not of {shape}")
-    records = [{"id": pun.id} | completion(pun) for pun in puns if pun.is_pun]
-    if shape == "prompt":
-        records = [{"id": record["id"], "prompt": record["prompt"]} for record in records]
-    return records, {"it is not a pun": [pun.id for pun in puns if not pun.is_pun]}
-
-
-def preferences(puns, n=20_000, seed=0, min_margin=0.4):
-    """About n comparisons of texts, all with the prompt PROMPT, and with margin and share.
-
-    At most half of them compare ratings, two fifths puns with non-puns, and a tenth are minimal
-    pairs. If a source has too few, the result is shorter."""
-    rated = [(a, b.text, margin, share) for a, b, margin, share in rated_pairs(puns, min_margin)]
-    detected = [(a, b.text, 1.0, 1.0) for a, b in detection_pairs(puns)]
-    minimal = [(pun, depun(pun), 1.0, 1.0) for pun in puns if depun(pun) not in ("", pun.text)]
-    rng = random.Random(seed)
-    picked = []
-    for fraction, pairs in ((0.5, rated), (0.4, detected), (0.1, minimal)):
-        picked += rng.sample(pairs, min(len(pairs), round(fraction * n)))
-    rng.shuffle(picked)
-    return [{"id": pun.id, "prompt": PROMPT, "chosen": " " + pun.text, "rejected": " " + other,
-             "margin": margin, "share": max(share, 0.5)} for pun, other, margin, share in picked]
+    records, left_out = [], []
+    for pun in puns:
+        record = {"id": pun.id, "prompt": word_prompt(pun.pun_word), "completion": " " + pun.text}
+        if shape == "rating":
+            record |= {"prompt": PROMPT, "rating": pun.funniness}
+        elif shape == "prompt":
+            del record["completion"]
+        is_usable = pun.ratings if shape == "rating" else pun.is_pun
+        if is_usable:
+            records.append(record)
+        else:
+            left_out.append(pun.id)
+    return records, {"nobody rated it" if shape == "rating" else "it is not a pun": left_out}
 
 
 def rated_pairs(puns, min_margin=0.8):

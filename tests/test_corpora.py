@@ -176,7 +176,7 @@ PAIR = '{"prompt": "a", "chosen": " b", "rejected": " c", '
     (PAIR + '"margin": true}', ":1: 'margin' must be a number"),
     (PAIR + '"margin": NaN}', ":1: this line is not JSON: NaN"),
     (PAIR + '"share": 0.4}', ":1: 'share' must be from 0.5"),
-    ('{"prompt": "a"}\n\n{"text": "b"}', ":3: this is a completion record, but the file began w"),
+    ('{"prompt": "a"}\n\n{"text": "b"}', ":3: the file began with prompt records, and this is a c"),
     ('{"prompt": "a"\n', ":1: this line is not JSON"),
     ('{"prompt": "a"}\n3', ":2: this is not a JSON object"),
     ('{"prompt": "a"}\n["b"]', ":2: this is a JSON array"),
@@ -311,7 +311,7 @@ def test_split_keeps_near_duplicates_together():
     assert len(texts(more) & texts(test)) >= 19                 # hardly moved by more records
 
 
-def test_split_of_few_large_or_many_groups():
+def test_split_of_few_or_large_groups():
     one, two, three = ([{"prompt": f"{word} word", "completion": f" {word}"}] * n
                        for word, n in (("egg", 1), ("tea", 6), ("jam", 30)))
     assert split(three) == (three, []) and split(one) == (one, [])
@@ -319,10 +319,6 @@ def test_split_of_few_large_or_many_groups():
     assert split(one + two + three, 0) == (one + two + three, [])
     single = [{"prompt": f"word{i}", "completion": f" text{i}"} for i in range(10)]
     assert {len(split(three + single, seed=seed)[1]) for seed in range(10)} == {4}
-    many = [{"prompt": "p", "completion": f" text {i // 2}"} for i in range(20_010)]
-    train, test = split(many)           # too many to compare, but equal texts stay together
-    assert abs(len(test) - 2001) < 3
-    assert not {r["completion"] for r in train} & {r["completion"] for r in test}
 
 # -----------------------------------------------------------------------------
 # the command
@@ -396,7 +392,7 @@ def test_half_surrogates_and_an_empty_test_set(tmp_path, capsys):
     path.write_text('{"prompt": "\\ud83d lone \\ud83c\\udf5e", "completion": " a\\u2028b"}\n' * 2,
                     encoding="utf-8")
     convert("trl", path, str(tmp_path / "out"))
-    assert "all records are near-duplicates of one another" in capsys.readouterr().out
+    assert "near-duplicates of another record, on one side with it: 1" in capsys.readouterr().out
     assert converted(tmp_path / "out") == [
         [{"prompt": "\ufffd lone \U0001f35e", "completion": " a\u2028b"}] * 2, []]
 

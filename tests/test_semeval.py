@@ -218,27 +218,6 @@ def test_detection_pairs_are_of_one_kind_and_length():
     assert [(a.id, b.id) for a, b in pairs] == [("p", "1")]
 
 
-def test_preferences_mix_three_sources(tmp_path):
-    folder, expun = write_expun(tmp_path)
-    rated = {pun.id: pun for pun in load(expun).records}
-    puns = [rated.get(pun.id, pun) for pun in load(folder).records]
-    records = semeval.preferences(puns, n=200, seed=1)
-    kinds = {"rated": 0, "detection": 0, "minimal": 0}
-    for record in records:
-        assert record["prompt"] == "A pun:" and 0.5 <= record["share"] <= 1
-        if record["rejected"] == record["chosen"].replace("knead", "need"):
-            kinds["minimal"] += 1
-        elif "knead" in record["rejected"]:
-            kinds["rated"] += 1
-            assert record["margin"] >= 0.4
-        else:
-            kinds["detection"] += 1
-            assert "knead" in record["chosen"] or "stairing" in record["chosen"]
-    assert kinds == {"rated": 100, "detection": 80, "minimal": 20}
-    assert records == semeval.preferences(puns, n=200, seed=1)
-    assert records != semeval.preferences(puns, n=200, seed=2)
-
-
 @pytest.mark.parametrize("lemma, like, own, expected", [
     ("stare", "stairing", "stair", "staring"), ("die", "dyed", "dye", "died"),
     ("sin", "singed", "singe", "sinned"), ("peace", "peas", "pea", "peace"),
