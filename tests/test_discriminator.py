@@ -6,20 +6,25 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from conftest import PAD, PROMPT, RESPONSE, awake, close, disc_of, off, owls, records, tiny, toy
+from conftest import (
+    PAD,
+    PROMPT,
+    RESPONSE,
+    awake,
+    check_optimizer,
+    close,
+    disc_of,
+    off,
+    owls,
+    records,
+    tiny,
+    toy,
+)
 
 import discriminator
 from common import InputError, read_jsonl
 from data import Batches, complete, encode_records, tokenizer_of
-from discriminator import (
-    Discriminator,
-    accuracy_of,
-    discriminator_loss,
-    load_discriminator,
-    save_discriminator,
-    states_for,
-    verdicts,
-)
+from discriminator import Discriminator, discriminator_loss, load_discriminator, states_for
 from model import load_model
 from puns import world
 
@@ -42,22 +47,8 @@ def test_padding_changes_no_verdict(lstm, reads):
     garbage = torch.cat([garbage, torch.full((3, 4, 32), -3.0)], dim=1)
     close(disc(left, wide, garbage), logits)
     close(disc(PROMPT[:1, 2:], RESPONSE[:1, :3], states[:1, :3]), logits[:1])
-
-
-@pytest.mark.parametrize("lstm, reads", KINDS)
-def test_the_verdict_depends_on_every_token(lstm, reads):
-    """And on the prompt, by way of tokens or of states."""
-    disc, generator = disc_of(lstm, reads), awake(toy(seed=3))
-
-    def verdict(*tokens):
-        prompt, response = torch.tensor([tokens[:2]]), torch.tensor([tokens[2:]])
-        return disc(prompt, response, states_for(disc, generator, prompt, response))
-
-    logit = verdict(1, 2, 6, 7, 11)
-    for i in range(5):
-        tokens = [1, 2, 6, 7, 11]
-        tokens[i] -= 1
-        assert (verdict(*tokens) - logit).abs() > 1e-4, i
+    other = disc(PROMPT.flip(0), RESPONSE, states)          # the prompt matters, not by itself
+    assert ((other - logits).abs() > 1e-4).tolist() == [reads == "tokens", False, reads == "tokens"]
 
 
 def test_states_have_read_the_token():
@@ -89,7 +80,7 @@ def test_a_discriminator_starts_as_a_coin_and_comes_back_from_its_file(tmp_path,
     disc, states = Discriminator(toy(), lstm, reads).eval(), torch.randn(3, 4, 32)
     logits = disc(PROMPT, RESPONSE, states)
     assert discriminator_loss(logits, logits.roll(1)).item() == pytest.approx(.693, abs=0.05)
-    save_discriminator(tmp_path / "ckpt.pt", disc, tok)
+    discriminator.save_discriminator(tmp_path / "ckpt.pt", disc, tok)
     again = load_discriminator(tmp_path / "ckpt.pt")
     assert torch.equal(again(PROMPT, RESPONSE, states), logits)
     assert not again.training and again.reads == reads and (again.lstm is None) == (not lstm)
@@ -151,6 +142,7 @@ def run_of(folder, sft_ckpt, rows=None, **changes):
 def test_it_tells_real_texts_from_fakes(tmp_path, sft_ckpt, tok, lstm, reads):
     """On held-out texts, and, loaded again, on new ones."""
     metrics, disc = run_of(tmp_path, sft_ckpt, lstm=lstm, reads=reads)
+    assert disc.reads == reads and (disc.lstm is None) == (not lstm)
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=0.1)
     assert metrics[-2]["loss"] < 0.4 and metrics[-1]["accuracy"] > 0.8
     assert metrics[-1]["real_logit"] > 0.5 and metrics[-1]["fake_logit"] < -0.5
@@ -161,11 +153,11 @@ def test_it_tells_real_texts_from_fakes(tmp_path, sft_ckpt, tok, lstm, reads):
         row |= {"real": row["completion"], "fake": fake + " "}      # an empty text is no record
     encoded = encode_records(rows, tok, ["prompt", "real", "fake"], 48)
     batch = {field: encoded[field].long() for field in encoded}
-    assert accuracy_of(*verdicts(disc, generator, batch)) > 0.8
+    assert discriminator.accuracy_of(*discriminator.verdicts(disc, generator, batch)) > 0.8
 
 
 def test_fakes_answer_the_prompts_of_the_reals(tmp_path, sft_ckpt, tok, monkeypatch):
-    """Same prompts, same end token, no record in training and in validation."""
+    """Same prompts, same end token, the first fifth held out, no record twice."""
     seen = []
 
     class Noted(Batches):
@@ -177,19 +169,15 @@ def test_fakes_answer_the_prompts_of_the_reals(tmp_path, sft_ckpt, tok, monkeypa
     rows = owls(40)
     run_of(tmp_path, sft_ckpt, rows, max_steps=1)
     train, val = seen
-    assert len(train["prompt"]) == 32 and len(val["prompt"]) == 8       # a fifth is held out
-    noted = [dict(zip(encoded, values, strict=True)) for encoded in (val, train)
-             for values in zip(*encoded.values(), strict=True)]
-    assert [tok.decode(row["prompt"]) for row in noted] == [row["prompt"] for row in rows]
-    assert [tok.decode(row["real"]) for row in noted] == [row["completion"] for row in rows]
-    assert len({tok.decode(row["fake"]) for row in noted}) > 20
-    generator = load_model(sft_ckpt)
+    prompts, reals, fakes = ([*val[field], *train[field]] for field in ("prompt", "real", "fake"))
+    assert len(val["prompt"]) == 8 and len(prompts) == 40
+    assert [tok.decode(ids) for ids in prompts] == [row["prompt"] for row in rows]
+    assert [tok.decode(ids) for ids in reals] == [row["completion"] for row in rows]
     rng = torch.Generator().manual_seed(1337)
-    assert [tok.decode(row["fake"]) for row in noted] == complete(
-        generator, tok, [row["prompt"] for row in rows], rng, off)
-    for row in noted:
-        assert tok.eos_token_id in row["real"]
-        assert tok.eos_token_id in row["fake"] or (row["fake"] != tok.pad_token_id).sum() == 32
+    assert [tok.decode(ids) for ids in fakes] == complete(
+        load_model(sft_ckpt), tok, [row["prompt"] for row in rows], rng, off)
+    assert all(tok.eos_token_id in ids for ids in reals)
+    assert sum(tok.eos_token_id in ids for ids in fakes) > 20
 
 
 def test_val_data_is_what_is_held_out(tmp_path, sft_ckpt):
@@ -203,28 +191,24 @@ def test_val_data_is_what_is_held_out(tmp_path, sft_ckpt):
 
 
 def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):
-    """The weights after one step from the same start, by hand where that is easy."""
+    """The weights after one step from the same start."""
     def weights(**changes):
-        sizes = dict(max_steps=1, lr=1e-2, weight_decay=0.0, batch_size=16, warmup_steps=0)
-        return dict(run_of(tmp_path, sft_ckpt, **sizes | changes)[1].named_parameters())
+        sizes = dict(max_steps=1, lr=1e-2, warmup_steps=0) | changes
+        return dict(run_of(tmp_path, sft_ckpt, **sizes)[1].named_parameters())
 
-    start, plain, decayed = weights(lr=0.0), weights(), weights(weight_decay=0.1)
-    for name, w in start.items():
-        assert not torch.equal(plain[name], w)
-        close(decayed[name], plain[name] - (1e-3 * w if w.dim() == 2 else 0), atol=1e-6)
-    clipped = weights(grad_clip=1e-10)["classifier.weight"] - start["classifier.weight"]
-    assert clipped.abs().max() < 1e-3
+    check_optimizer(weights)
     # With targets of .1 and 0, the bias falls; with 1 and 0 it stays about where it was.
     assert weights(label_smoothing=0.9)["classifier.bias"] < -0.9e-2
-    table = [dict(batch_size=8), dict(seed=1), dict(max_steps=2), dict(warmup_steps=9)]
-    for changes in table:
-        assert not torch.equal(weights(**changes)["classifier.weight"], plain["classifier.weight"])
+    plain = weights()["classifier.weight"]
+    for changes in (table := [dict(batch_size=8), dict(seed=1), dict(max_steps=2)]):
+        assert not torch.equal(weights(**changes)["classifier.weight"], plain)
     metrics, _ = run_of(tmp_path, sft_ckpt, max_steps=4, eval_interval=2, log_interval=3)
     assert [row["step"] for row in metrics if "loss" in row] == [1, 4]
     assert [row["step"] for row in metrics if "accuracy" in row] == [2, 4]
     with pytest.raises(InputError, match="--reads is tokens or states, not 'logits'"):
         run_of(tmp_path, sft_ckpt, reads="logits")
-    here = {"lr", "weight_decay", "grad_clip", "label_smoothing", "eval_interval", "log_interval"}
+    here = {"lr", "weight_decay", "grad_clip", "warmup_steps", "label_smoothing", "eval_interval",
+            "log_interval"}
     above = {"data", "val_data", "lstm", "reads", "init", "out_dir"}
     elsewhere = {"corpus_size", "device", "dtype"}              # below, and test_stages.py
     fields = {field.name for field in dataclasses.fields(discriminator.Config)}

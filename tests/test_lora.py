@@ -46,10 +46,10 @@ def trained(model):
 
 def test_an_adapter_starts_as_the_identity_and_leaves_the_trunk_alone(model):
     trunk, logits = snapshot(model), output(model)
-    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     add_adapter(model, "policy", rank=4)
     assert {name for name, module in model.named_modules()
-            if isinstance(module, lora.LoRALinear)} == layers - {"lm_head"}
+            if isinstance(module, lora.LoRALinear)} == linear - {"lm_head"}
     assert torch.equal(output(model, "policy"), logits)
     learn(model, "policy")
     assert torch.equal(output(model), logits)                   # the reference, bit for bit
@@ -85,25 +85,18 @@ def test_the_context_restores_what_was_active(model):
         add_adapter(RewardModel(model), "b")
 
 
-def test_views_share_the_weights_and_bring_their_adapter(model):
-    reward_model = RewardModel(model)
-    add_adapter(reward_model, "reward")
-    learn(reward_model, "reward")
-    policy, reference = AdapterView(model, "reward"), AdapterView(model, None)
-    score_view, how = AdapterView(reward_model, "reward"), dict(max_new_tokens=9, temperature=0)
-    assert set(policy.parameters()) == set(model.parameters())
-    logits, score = output(model, "reward"), output(reward_model, "reward")
-    with adapter(model, "reward"):
-        written = model.generate(PROMPT, **how)[0]
-    assert not torch.equal(logits, output(model)) and not torch.equal(score, output(reward_model))
-    for active in ("reward", None):                             # whatever is active outside
-        with adapter(model, active), torch.no_grad():
-            assert torch.equal(policy(PROMPT, RESPONSE), logits)
-            assert torch.equal(policy.head(policy.hidden(PROMPT, RESPONSE)), logits)
-            assert torch.equal(policy.generate(PROMPT, **how)[0], written)
-            assert torch.equal(score_view(PROMPT, RESPONSE), score)
-            assert torch.equal(reference(PROMPT, RESPONSE), output(model))
-    assert reference.config is model.config and reference.pad_token_id == model.pad_token_id
+def test_a_view_brings_its_adapter(model):
+    """For each of its methods, whatever is active outside."""
+    add_adapter(model, "policy")
+    view, how = AdapterView(learn(model, "policy"), "policy"), dict(max_new_tokens=9, temperature=0)
+    with adapter(model, "policy"), torch.no_grad():
+        expected = [model(PROMPT, RESPONSE), model.generate(PROMPT, **how)[0]]
+    with torch.no_grad():
+        assert torch.equal(view(PROMPT, RESPONSE), expected[0])
+        assert torch.equal(view.head(view.hidden(PROMPT, RESPONSE)), expected[0])
+        assert torch.equal(view.generate(PROMPT, **how)[0], expected[1])
+    assert not torch.equal(output(model), expected[0])
+    assert set(view.parameters()) == set(model.parameters()) and view.config is model.config
 
 # -----------------------------------------------------------------------------
 # which parameters are trained
@@ -124,51 +117,44 @@ def test_last_k_is_the_last_k_blocks_and_the_norm_after_them(model):
         prepare(model, TrainOptions(lora=4, trainable="last:1"), "policy")
 
 
-def gradients(model, name, name_in_backward):
-    """Of the parameters that are trained, with one adapter active, then another."""
-    model.zero_grad()
-    with adapter(model, name):
-        loss = model(PROMPT, RESPONSE).square().mean()
-    with adapter(model, name_in_backward):
-        loss.backward()
-    return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("rank", [0, 2])
 def test_checkpointing_recomputes_and_changes_no_gradient(model, rank):
     """Whichever adapter is active in the backward pass, and for a copy of the model."""
+    def gradients(model, name_in_backward):
+        model.zero_grad()
+        with adapter(model, name):
+            loss = model(PROMPT, RESPONSE).square().mean()
+        with adapter(model, name_in_backward):
+            loss.backward()
+        return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
     name, models, calls = "policy" if rank else None, {}, []
     for on in (False, True):
         models[on] = copy.deepcopy(model)
         torch.manual_seed(0)
         prepare(models[on], TrainOptions(lora=rank, checkpointing=on), "policy")
         awake(models[on])
-    expected = gradients(models[False], name, name)
+    expected = gradients(models[False], name)
     norms = [m for key, m in models[True].named_modules() if key.endswith(("h.1.ln_2", "h.1.ln"))]
     norms[0].register_forward_hook(lambda *_: calls.append(1))
-    for inner in (name, None):
-        assert same(gradients(models[True], name, inner), expected)
+    assert all(same(gradients(models[True], inner), expected) for inner in (name, None))
     assert len(calls) == 4                                      # twice in each pass
     copied = copy.deepcopy(models[True])
     awake(models[True])                                         # the original moves on
-    assert same(gradients(copied, name, None), expected)
+    assert same(gradients(copied, None), expected)
 
 # -----------------------------------------------------------------------------
 # load and save
 
 def test_merged_is_the_active_adapter_as_a_plain_model(model, tmp_path, tok):
     """And the model itself stays as it was: nothing is merged twice."""
-    trunk = snapshot(model)
     add_adapter(model, "policy", rank=4)
     set_active(learn(model, "policy"), "policy")
-    weights = snapshot(model)
     for _ in range(2):
         lora.save_trained(tmp_path / "ckpt.pt", model, tok, stage="dpo")
-        merged = load_model(tmp_path / "ckpt.pt")
-        close(output(merged), output(model, "policy"), atol=1e-4)
-    assert (tmp_path / "adapter.pt").exists() and same(model.state_dict(), weights)
-    assert same(lora.merged_weights(model, None), trunk)
-    lora.save_trained(tmp_path / "ckpt.pt", merged, tok)        # trained without an adapter
+        close(output(load_model(tmp_path / "ckpt.pt")), output(model, "policy"), atol=1e-4)
+    assert (tmp_path / "adapter.pt").exists()
+    lora.save_trained(tmp_path / "ckpt.pt", toy(), tok)         # trained without an adapter
     assert not (tmp_path / "adapter.pt").exists()
 
 
@@ -196,6 +182,7 @@ def test_policy_reference_and_reward_model(tmp_path, tok, rank):
     save_model(init, awake(toy()), tok)
     reward_model = RewardModel(load_model(init), likelihood=0.5)
     prepare(reward_model, TrainOptions(lora=2), "reward")
+    assert {"scalar_head.weight", "scalar_head.bias", "likelihood"} < trained(reward_model)
     lora.save_trained(path.with_name("ckpt.pt"), learn(reward_model, "reward"), tok)
     reward_model = load_reward_model(path.with_name("ckpt.pt"))         # merged
     config = tiny(dpo, tmp_path, init, lora=rank)
