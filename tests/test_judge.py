@@ -191,7 +191,7 @@ def test_files_in_both_orders(server, tmp_path, sources, capsys):
     server.answer = lambda question: "1"
     row, = judge.main(Config(server.url, "m2", sources, out_dir=str(tmp_path), n=4))
     assert (row["win"], row["first"], row["consistent"], row["pairs"]) == (0.5, 1, 0, 4)
-    assert "a.txt : b.txt" in capsys.readouterr().out
+    assert " : ".join(sources) in capsys.readouterr().out
     assert json.loads((tmp_path / "judge.json").read_text())[0]["pairs"] == 4
 
 
@@ -204,7 +204,8 @@ def test_policies_against_the_reference(server, tmp_path, sft_ckpt, tok, capsys)
     config = Config(server.url, "m", reference=str(tmp_path / "sft" / "ckpt.pt"),
                     out_dir=str(tmp_path), n=5)
     row, = judge.main(config)
-    assert row["policies"] == "ppo : sft" and row["pairs"] == 5 and row["win"] == 0.5
+    assert row["policies"] == f"{tmp_path / 'ppo' / 'ckpt.pt'} : {config.reference}"
+    assert row["pairs"] == 5 and row["win"] == 0.5
     capsys.readouterr()
     judge.main(config)          # the same samples: nothing is asked again
     assert len(server.requests) == 10 and "0 requests" in capsys.readouterr().out

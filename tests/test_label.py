@@ -6,9 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CPU, ROOT, records
+from conftest import ROOT, records
 
-import reward_model
 from common import InputError, read_jsonl
 from real import label
 from real.label import Config, Labeling, pairs, wilson
@@ -235,16 +234,6 @@ def test_bad_input_is_one_sentence(sft_ckpt, tmp_path):
     missing = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert missing.returncode == 2 and missing.stderr.count("error:") == 1
     assert "runs/none/ckpt.pt does not exist; check the path" in missing.stderr
-
-
-def test_the_reward_model_trains_on_it(sft_ckpt, tmp_path):
-    labeling = Labeling(pairs(sft_ckpt), tmp_path / "mine.jsonl", n=30)
-    while labeling.question:
-        labeling.answer("12="[len(labeling.rows) % 3])
-    reward_model.train(reward_model.Config(
-        init=sft_ckpt, data=str(labeling.path), out_dir=str(tmp_path / "rm"), batch_size=8,
-        max_steps=2, eval_interval=2, **CPU))
-    assert 0 <= read_jsonl(tmp_path / "rm" / "metrics.jsonl")[-1]["accuracy"] <= 1
 
 
 def test_widget(tmp_path, monkeypatch):
