@@ -23,8 +23,7 @@ distribution.
 
     python gan.py
     python gan.py --estimator gumbel --out_dir runs/gan_gumbel
-    python gan.py --estimator hidden --out_dir runs/gan_hidden \\
-        --disc runs/discriminator_states/ckpt.pt    of discriminator.py --reads states --lstm
+    make gans           gumbel, and hidden after discriminator.py --reads states --lstm
 """
 
 from dataclasses import dataclass

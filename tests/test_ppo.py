@@ -133,36 +133,23 @@ def test_policy_loss_by_hand():
         close(clipped, expected)
 
 
-def test_gspo_by_hand():
-    """Two tokens of ratios 4 and 1, so s = 2, and one of .5, all with A = 1: (-1.2 - .5) / 2. (The
-    mean over tokens would be -.967.) With A = -1 the first costs 2; each of its two tokens has a
-    gradient of s / 2, divided by two responses."""
-    logp, mask = t([4.0, 1.0], [.5, 9.0]).log().requires_grad_(), mask_of(2, 1)
-    ones, zeros = torch.ones(2, 2), torch.zeros(2, 2)
-    loss, metrics = ppo.policy_loss(logp, zeros, ones, mask, 0.2, 0.0, "gspo")
-    close(loss, -.85)
-    close(metrics["ratio"], 1.5)                                # over tokens: (2 + 2 + .5) / 3
-    loss, _ = ppo.policy_loss(logp, zeros, -ones, mask, 0.2, 0.0, "gspo")
-    close(loss, (2 + .8) / 2)
-    close(torch.autograd.grad(loss, logp)[0], [[.5, .5], [0, 0]])
-
-
-def test_cispo_by_hand():
-    """log pi = -1, -2 at ratios 1.5, .5 and A = 1: 1.2 * 1 and .5 * 2; mean 1.1. Both tokens keep a
-    gradient, of minus their clipped weight; PPO would have none for the first."""
-    logp = t([-1.0, -2.0]).requires_grad_()
-    old_logp = logp.detach() - t([1.5, .5]).log()
-    loss, metrics = ppo.policy_loss(logp, old_logp, torch.ones(1, 2), mask_of(2), .2, 0.0, "cispo")
-    close(loss, 1.1)
-    close(torch.autograd.grad(loss, logp)[0], [[-.6, -.25]])
-    close(metrics["clipfrac"], .5)
-
-
-def test_dr_grpo_by_hand():
-    """Three tokens with A = 1, one with A = -1, divided by a length of 8 each: (-3 + 1) / 2 / 8."""
-    zeros, advantages = torch.zeros(2, 3), t([1.0, 1, 1], [-1.0, -1, -1])
-    loss, _ = ppo.policy_loss(zeros, zeros, advantages, mask_of(3, 1), 0.2, max_length=8)
-    close(loss, -.125)
+@pytest.mark.parametrize("options, A, loss, gradient, clipped", [
+    (dict(), 1, (-1.2 - 1 - .5) / 3, [0, -1 / 3, -.5 / 3], 2 / 3),
+    # s = sqrt(4 * 1) = 2 for both tokens of the first; the mean is over responses.
+    (dict(loss="gspo"), 1, (-1.2 - .5) / 2, [0, 0, -.5 / 2], 1),
+    (dict(loss="gspo"), -1, (2 + .8) / 2, [2 / 2 / 2, 2 / 2 / 2, 0], 1),
+    # -A min(ratio, 1.2) log pi; a token that is clipped keeps a gradient, of minus its weight.
+    (dict(loss="cispo"), 1, (1.2 * 1 + 1 * 2 + .5 * 3) / 3, [-1.2 / 3, -1 / 3, -.5 / 3], 1 / 3),
+    # Dr. GRPO: the sum of each response, divided by 8, whatever its length.
+    (dict(max_length=8), 1, ((-1.2 - 1) / 8 - .5 / 8) / 2, [0, -1 / 16, -.5 / 16], 2 / 3)])
+def test_variants_of_the_policy_loss_by_hand(options, A, loss, gradient, clipped):
+    """Two tokens of ratios 4 and 1, and one of .5; log pi = -1, -2, -3. The last one is a pad."""
+    logp, mask = t([-1.0, -2.0], [-3.0, 5.0]).requires_grad_(), mask_of(2, 1)
+    old_logp = logp.detach() - t([4.0, 1.0], [.5, 9.0]).log()
+    found, metrics = ppo.policy_loss(logp, old_logp, A * torch.ones(2, 2), mask, 0.2, **options)
+    close(found, loss)
+    close(torch.autograd.grad(found, logp)[0].flatten(), [*gradient, 0])
+    close(metrics["clipfrac"], clipped)
 
 
 def test_value_loss_by_hand():
