@@ -103,23 +103,13 @@ class LanguageModel(nn.Module):
 def attend(q, k, v, bias, scale):
     """softmax(scale q k^T + bias) v, Eq. 1 of https://arxiv.org/abs/1706.03762. -> (B, nh, T, hs)
 
-    q (B, nh, T, hs); k, v (B, G, S, hs), each for the nh / G heads of a group; bias broadcasts
-    to (B, nh, T, S) and is -inf where a query must not look."""
-    B, n_head, T, head_size = q.shape
-    n_groups, S = k.size(1), k.size(2)
-    # The heads of a group below each other: one product with the keys that they share.
-    q = q.reshape(B, n_groups, -1, head_size)               # (B, G, nh/G T, hs)
+    q (B, nh, T, hs); k, v (B, nh, S, hs); bias broadcasts to (B, nh, T, S) and is -inf where a
+    query must not look."""
     if q.device.type != "cpu":
-        bias = bias.to(q.dtype)
-        if n_groups < n_head:
-            bias = bias.repeat(1, 1, n_head // n_groups, 1)             # (B, 1, nh/G T, S)
-        y = F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
-    else:
-        # On a CPU, for short texts, the formula itself is faster than the fused kernel.
-        att = (q @ k.transpose(-2, -1)) * scale             # (B, G, nh/G T, S)
-        att = att.view(B, n_head, T, S) + bias
-        y = att.softmax(dim=-1).to(v.dtype).view(B, n_groups, -1, S) @ v
-    return y.reshape(B, n_head, T, -1)
+        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale)
+    # On a CPU, for short texts, the formula itself is faster than the fused kernel.
+    att = (q @ k.transpose(-2, -1)) * scale + bias          # (B, nh, T, S)
+    return att.softmax(dim=-1).to(v.dtype) @ v              # (B, nh, T, hs)
 
 
 def split_heads(x, n_head):
@@ -304,6 +294,15 @@ def rotate(x, angles):
     return rotated.to(x.dtype)                                          # angles need float32
 
 
+def attend_in_groups(q, k, v, bias, scale):
+    """attend() with k, v (B, G, S, hs): nh / G query heads share each key head and value head."""
+    B, n_head, T, head_size = q.shape
+    # The heads of a group stand below each other, as if they were more queries of one head.
+    q = q.reshape(B, k.size(1), -1, head_size)              # (B, G, nh/G T, hs)
+    bias = bias.repeat(1, 1, n_head // k.size(1), 1)        # (B, 1, nh/G T, S)
+    return attend(q, k, v, bias, scale).reshape(B, n_head, T, head_size)
+
+
 class PaLMBlock(nn.Module):
     """x + attention(norm(x)) + mlp(norm(x)): in parallel, from one norm and one product.
 
@@ -329,7 +328,7 @@ class PaLMBlock(nn.Module):
         v = v[:, None]                                                              # (B, 1, T, hs)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                # (B, 1, S, hs)
-        y = attend(q, k, v, bias, self.scale)               # (B, nh, T, hs)
+        y = attend_in_groups(q, k, v, bias, self.scale)     # (B, nh, T, hs)
         attention = self.attn_proj(join_heads(y))           # (B, T, C)
         mlp = self.mlp_proj(F.silu(gate) * value)           # (B, T, C)
         return x + self.dropout(attention + mlp)
@@ -377,7 +376,7 @@ class LlamaAttention(nn.Module):
         v = split_heads(self.v(x), self.n_kv_head)                      # (B, G, T, hs)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                # (B, G, S, hs)
-        y = attend(q, k, v, bias, self.scale)               # (B, nh, T, hs)
+        y = attend_in_groups(q, k, v, bias, self.scale)     # (B, nh, T, hs)
         return self.c_proj(join_heads(y))                   # (B, T, C)
 
 
