@@ -12,12 +12,14 @@ A run writes runs/<stage>/ and nothing else:
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -48,12 +50,24 @@ def command_line(main):
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_report(f"{where}{error.strerror or error}", 2))
+        advice = ADVICE.get(error.errno, "")
+        sys.exit(_report(f"{where}{error.strerror or error}{advice}", 2))
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit(_report("the memory is full: lower --batch_size (or --minibatch_size)", 2))
     except KeyboardInterrupt:
         sys.exit(_report("stopped; the same command resumes from the last saved state", 130))
     finally:
         if world_size() > 1:
             dist.destroy_process_group()
+
+
+# What to do about an error of the system.
+ADVICE = {errno.ENOSPC: ": make room, then give the same command again",
+          errno.EACCES: ": change its permissions, or choose another place",
+          errno.EPERM: ": change its permissions, or choose another place",
+          errno.EROFS: ": choose another place",
+          errno.ENOTDIR: ": a file stands where a folder is needed; choose another folder",
+          errno.EEXIST: ": a file stands where a folder is needed; choose another folder"}
 
 
 def _report(message, code):
@@ -75,6 +89,48 @@ class TrainOptions(Options):
     lora: int = 0               # rank of the adapters to train; 0 trains the weights themselves
     trainable: str = "all"      # all weights, or last:k for those of the last k blocks
     checkpointing: bool = False     # recompute activations in the backward pass to save memory
+
+# (smallest, largest) value: the numbers among the options that must be within. A name has one
+# meaning, so one table serves all stages.
+RANGES = {
+    (1, math.inf): "batch_size minibatch_size d_batch_size grad_accum group_size max_steps "
+                   "ppo_epochs ppg_epochs eval_interval log_interval sample_interval corpus_size "
+                   "max_new_tokens n_layer n_head n_embd block_size kl_horizon samples n best_of",
+    (0, math.inf): "lr d_lr weight_decay grad_clip warmup_steps n_inner lora top_k temperature "
+                   "beta simpo_gamma margin centering kl_coef kl_target vf_coef d_steps "
+                   "ppg_interval missing_eos_penalty",
+    (1e-6, math.inf): "tau clip_range",
+    (1e-6, 1): "top_p",
+    (0, 1): "noise label_smoothing gamma lam",
+    (0, 0.99): "dropout",
+    (0, 2 ** 32 - 1): "seed"}
+
+
+def check_options(config):
+    """Raises InputError for a number out of its range, and for an option that has no effect.
+
+    A Config may have READ_IF, a list of (option, values, names): the options with these names are
+    read only if that option has one of these values. Setting them otherwise is a mistake."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            if name in fields:
+                check_range(name, getattr(config, name), low, high)
+    for option, values, names in getattr(config, "READ_IF", []):
+        value = getattr(config, option)
+        for name in names.split():
+            is_set = getattr(config, name) != fields[name].default
+            if value not in values and is_set:
+                raise InputError(f"--{name} has no effect with --{option} {value}: leave one of "
+                                 "them out")
+
+
+def check_range(name, value, low, high):
+    """Raises InputError unless a number, or each of a tuple, is from low to high, or is None."""
+    for x in value if isinstance(value, tuple) else (value,):
+        if x is not None and not (low <= x <= high and math.isfinite(x)):
+            limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise InputError(f"--{name} must be {limits}, not {x}")
 
 # -----------------------------------------------------------------------------
 # several processes: torchrun --nproc_per_node=2 sft.py
@@ -134,13 +190,14 @@ def average_gradients(model):
 
 def pick_device(name=""):
     """The device of that name; '' is cuda, else mps, else cpu. Raises InputError."""
-    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    n_devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
+                 "cpu": 1}
     if not name:
-        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    kind = name.partition(":")[0]
-    if kind not in ("cuda", "mps", "cpu"):
+        return torch.device(next(kind for kind, n in n_devices.items() if n))
+    kind, _, index = name.partition(":")                    # "cuda:1" is the second GPU
+    if kind not in n_devices or not (index or "0").isdigit():
         raise InputError(f"--device is cuda, mps or cpu, not '{name}'")
-    if (kind == "cuda" and not has_cuda) or (kind == "mps" and not has_mps):
+    if int(index or 0) >= n_devices[kind]:
         raise InputError(f"--device {name}: torch finds no such device here; leave the option out")
     return torch.device(name)
 
@@ -154,18 +211,27 @@ def supports_bf16(device):
             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def setup(config):
-    """Seeds torch. Returns (device, autocast): `with autocast():` computes in config.dtype."""
+def pick_dtype(config, device):
+    """The name of the dtype to compute in. Raises InputError."""
     if config.dtype not in ("", "float32", "bfloat16"):
         raise InputError(f"--dtype is float32 or bfloat16, not '{config.dtype}'")
+    return config.dtype or ("bfloat16" if supports_bf16(device) else "float32")
+
+
+def setup(config):
+    """Checks the options and seeds torch. Raises InputError.
+
+    Returns (device, autocast): `with autocast():` computes in config.dtype."""
+    check_options(config)
     torch.manual_seed(config.seed)
-    device = join_processes(pick_device(config.device))
+    device = pick_device(config.device)
+    dtype = pick_dtype(config, device)
+    device = join_processes(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    bf16 = config.dtype == "bfloat16" or (config.dtype == "" and supports_bf16(device))
 
     def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     return device, autocast
 
@@ -181,7 +247,8 @@ def make_rng(device, seed):
 def atomic_write(path):
     """Yields a temporary path that replaces `path` when the block ends without an error.
 
-    So a file is either old or new, never half-written. Only rank 0 writes."""
+    So a file is either old or new, never half-written. Only rank 0 writes.
+    Raises InputError if torch.save() cannot write all of it, OSError if others cannot."""
     if rank() > 0:
         yield Path(os.devnull)
         return
@@ -191,6 +258,12 @@ def atomic_write(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        # torch.save() was cut off, and does not say by what.
+        raise InputError(f"{path} could not be written whole; the disk is probably full: make "
+                         "room, then give the same command again") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -199,6 +272,45 @@ def read_jsonl(path):
     # Not splitlines(): that also splits at characters that JSON allows inside a text.
     lines = Path(path).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]
+
+
+held = {}       # {path: the open file} of all files that this process holds
+
+
+def hold(path):
+    """Holds a file until release() or the end of this process, however it ends.
+
+    Raises InputError if another process holds it. A file system without locks holds nothing."""
+    release(path)                   # this process may start over, as in a notebook
+    file = open(path, "a", encoding="utf-8")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            file.seek(2 ** 30)      # a byte that nobody reads: Windows keeps others from this one
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            file.close()
+            raise InputError(f"another run is writing to {Path(path).parent}: wait for its end, "
+                             "or choose another --out_dir") from None
+    held[str(path)] = file
+
+
+def release(path):
+    """Lets go of a file, if this process holds it."""
+    if file := held.pop(str(path), None):
+        file.close()
+
+
+def checksum_of_file(path):
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def write_jsonl(path, rows):
@@ -242,22 +354,38 @@ class Run:
                              "choose another --out_dir")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config = json.loads(json.dumps(dataclasses.asdict(config)))
+        device = pick_device(config.device)
+        self.dtype = pick_dtype(config, device)
+        # config.json says what was used, where an option was left to the machine.
+        self.used = {"device": device.type, "dtype": self.dtype}
         self.state_path = self.folder / "state.pt"
         log_folder = self.folder if rank() == 0 else None
         self.metrics_path = log_folder / "metrics.jsonl" if log_folder else Path(os.devnull)
         self.samples_path = log_folder / "samples.txt" if log_folder else Path(os.devnull)
         self.step, self.seconds, self.started = 0, 0.0, time.time()
+        self.n_tokens, self.sampled_tokens, self.row_time = 0, 0.0, self.started
 
     def steps(self, save_interval, **parts):
-        """Yields step numbers: from the saved state if it has the same options, else from 0.
+        """Yields step numbers: from the saved state if it has the same options and data, else
+        from 0.
 
         parts: everything that a state consists of (models, optimizers, batches, generators,
-        tensors). They are saved every `save_interval` steps."""
+        tensors). They are saved every `save_interval` steps. Raises InputError if another process
+        writes to the folder, or if there is a state that cannot be read."""
         self.parts = parts
+        for name, part in parts.items():
+            if isinstance(part, nn.Module) and not all_finite(part):
+                raise InputError(f"{self.stage}: the {name} has weights that are not finite "
+                                 "before training starts: train what it starts from again")
+        if rank() == 0:
+            hold(self.metrics_path)
+        self.data = self._checksums()
         self._resume()
         with atomic_write(self.folder / "config.json") as path:
-            path.write_text(json.dumps(self.config, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(self.config | self.used, indent=1)
+            path.write_text(text + "\n", encoding="utf-8")
         self.started = time.time() - self.seconds
+        self.row_time = time.time()
         self.bar = tqdm(total=self.max_steps, initial=self.step, desc=f"{self.stage:13}",
                         unit="step", dynamic_ncols=True, mininterval=_interval(),
                         smoothing=0.1, disable=rank() > 0)
@@ -272,6 +400,7 @@ class Run:
     def _save(self):
         state = {"parts": {name: _get_state(part) for name, part in self.parts.items()}}
         state["config"] = self.config
+        state["data"] = self.data
         state["step"] = self.step
         state["seconds"] = time.time() - self.started
         state["torch_rng"] = torch.get_rng_state()
@@ -281,43 +410,90 @@ class Run:
         with atomic_write(self.state_path) as path:
             torch.save(state, path)
 
+    def _checksums(self):
+        """Checksums of all that training reads: the files among the options, and the batches."""
+        files = [value for value in self.config.values() if isinstance(value, str)]
+        sums = {path: checksum_of_file(path) for path in files if Path(path).is_file()}
+        return sums | {name: part.checksum for name, part in self.parts.items()
+                       if hasattr(part, "checksum")}
+
     def _resume(self):
-        state = None
-        if self.state_path.exists():
-            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-            if state["config"] != self.config:
-                print(f"{self.stage}: the state in {self.folder} was saved with other options: "
-                      "starting over")
-                state = None
-        if state is None:
-            self.metrics_path.write_text("", encoding="utf-8")
-            self.samples_path.write_text("", encoding="utf-8")
+        if not self.state_path.exists():
+            self._start_over()
             return
-        self.step, self.seconds = state["step"], state["seconds"]
-        torch.set_rng_state(state["torch_rng"])
+        try:
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+            changed = "data" if state["data"] != self.data else ""
+            if state["config"] != self.config:
+                changed = "options"
+            if not changed:
+                self._restore(state)
+                return
+        except OSError:
+            raise
+        except Exception as error:      # whatever foreign or cut bytes make of the unpickling
+            raise InputError(f"{self.state_path} is damaged, or no state of this stage "
+                             f"({type(error).__name__}): delete it to start over") from None
+        print(f"{self.stage}: the state in {self.folder} was saved with other {changed}: "
+              "starting over")
+        self._start_over()
+
+    def _start_over(self):
+        self.metrics_path.write_text("", encoding="utf-8")
+        self.samples_path.write_text("", encoding="utf-8")
+
+    def _restore(self, state):
         for name, part in self.parts.items():
             _set_state(part, state["parts"][name])
+        torch.set_rng_state(state["torch_rng"])
+        self.step, self.seconds = state["step"], state["seconds"]
         if rank() == 0:
-            os.truncate(self.metrics_path, state["metrics_bytes"])
-            os.truncate(self.samples_path, state["samples_bytes"])
+            for path in (self.metrics_path, self.samples_path):
+                n_bytes = state[f"{path.stem}_bytes"]
+                if path.exists() and path.stat().st_size >= n_bytes:
+                    os.truncate(path, n_bytes)
 
     def log(self, **metrics):
         """Writes one row of metrics.jsonl, the means over all processes.
 
-        Raises InputError if a number is not finite, since training cannot recover from it."""
+        Raises InputError if a number is not finite, since training cannot recover from it.
+        tokens_per_second: those that were dealt by Batches or sampled, since the last row."""
         numbers = torch.tensor(list(metrics.values()), dtype=torch.float64)
         metrics = dict(zip(metrics, average_over_processes(numbers).tolist(), strict=True))
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise InputError(f"{self.stage}: {name} is {value} at step {self.step + 1}: "
-                                 "try a lower --lr, or --dtype float32")
+                                 f"{self._advice(name)}")
         row = {"step": self.step + 1}
         row |= {name: round(value, 6) for name, value in metrics.items()}
         row["seconds"] = round(time.time() - self.started, 1)
+        row |= self._speed(metrics)
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         first_few = list(metrics.items())[:5]
         self.bar.set_postfix_str("  ".join(f"{name} {value:.3g}" for name, value in first_few))
+
+    def _speed(self, metrics):
+        """{"tokens_per_second": ...} of all processes since the last row that had some."""
+        if "length" in metrics and "max_new_tokens" in self.config:
+            # The stage learns from what it samples, batch_size responses a row.
+            self.sampled_tokens += metrics["length"] * self.config["batch_size"]
+        dealt = sum(getattr(part, "n_tokens", 0) for part in self.parts.values())
+        new_tokens = dealt + self.sampled_tokens - self.n_tokens
+        seconds, self.row_time = time.time() - self.row_time, time.time()
+        self.n_tokens += new_tokens
+        if not new_tokens:                                  # the row of an evaluation
+            return {}
+        return {"tokens_per_second": round(world_size() * new_tokens / max(seconds, 1e-3))}
+
+    def _advice(self, name):
+        """What to do about a metric that is not finite."""
+        if name in ("score", "objective"):
+            return "what gives the scores gives numbers that are not finite: look at it first"
+        if self.config.get("lr") == 0:
+            return "the weights have not moved (--lr 0), so look at the data and at --init"
+        advice = "the steps may be too large: try a lower --lr"
+        return advice + ", or --dtype float32" * (self.dtype == "bfloat16")
 
     def write(self, text):
         """Prints a few lines above the progress bar and appends them to samples.txt."""
@@ -330,6 +506,7 @@ class Run:
         plot_curves(self.metrics_path, self.folder / "curves.png", self.stage)
         if rank() == 0:
             self.state_path.unlink(missing_ok=True)
+            release(self.metrics_path)
         if world_size() > 1:
             dist.barrier()              # the others wait until rank 0 has written its files
 
@@ -349,13 +526,17 @@ def _set_state(part, state):
         part.load_state_dict(state)
 
 
+def all_finite(model):
+    return all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def plot_curves(metrics_path, figure_path, title):
     """Draws every metric of metrics.jsonl over the steps, one small panel each."""
     from matplotlib.figure import Figure  # pyplot would change the backend of a notebook
 
     rows = read_jsonl(metrics_path)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    names = [name for name in names if name not in ("step", "seconds")]
+    names = [name for name in names if name not in ("step", "seconds", "tokens_per_second")]
     if not names:
         return
     n_columns = min(4, len(names))

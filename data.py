@@ -310,7 +310,13 @@ def fill(rows, mask, pad_token_id):
 
 def trim(ids, pad_token_id, side):
     """Drops the columns on that side that are pads in every row. (B, longest) -> (B, width)"""
-    width = max((ids != pad_token_id).sum(dim=1).max().item(), 1)
+    width = (ids != pad_token_id).sum(dim=1).max().item()
+    return cut(ids, width, side)
+
+
+def cut(ids, width, side):
+    """The outermost `width` columns, at least one, away from the pads of that side."""
+    width = min(max(width, 1), ids.size(1))
     if side == "left":
         return ids[:, ids.size(1) - width:].long()
     return ids[:, :width].long()
@@ -324,13 +330,23 @@ class Batches:
     state_dict() is the position, so that a run can resume. Of several processes each gets
     batch_size records of its own at every step."""
 
-    def __init__(self, encoded, batch_size, pad_token_id, device, seed):
-        """encoded: {field: (N, longest) ids, or (N,) numbers}. Raises InputError if N is less
-        than one batch."""
+    def __init__(self, encoded, batch_size, pad_token_id, device, seed, few_shapes=False):
+        """encoded: {field: (N, longest) ids, or (N,) numbers}. few_shapes: widths are powers of
+        two, since torch.compile starts anew for each. Raises InputError if N is less than one
+        batch."""
         self.encoded, self.pad_token_id, self.device = encoded, pad_token_id, device
-        self.seed = seed
-        texts = [ids for ids in encoded.values() if ids.dim() == 2]
-        self.lengths = sum((ids != pad_token_id).sum(dim=1) for ids in texts)       # (N,)
+        self.seed, self.few_shapes = seed, few_shapes
+        # How wide a batch is follows from lengths on the CPU: a GPU need not be asked, and waited
+        # for. There the records themselves are moved once, not batch by batch.
+        self.lengths_of = {field: (ids != pad_token_id).sum(dim=1)
+                           for field, ids in encoded.items() if ids.dim() == 2}     # (N,) each
+        self.lengths = sum(self.lengths_of.values())                                # (N,)
+        self.on_device = {field: values.to(device) for field, values in encoded.items()}
+        # So that a saved state is not continued with other records.
+        self.checksum = 0
+        for values in encoded.values():
+            self.checksum = zlib.crc32(values.contiguous().numpy(), self.checksum)
+        self.n_tokens = 0                               # in all batches that next() has dealt
         self.step_size = batch_size * world_size()      # records of all processes at one step
         self.n_batches = len(self.lengths) // self.step_size    # an epoch; the rest waits
         if self.n_batches == 0:
@@ -344,9 +360,11 @@ class Batches:
     def shuffle(self, epoch):
         rng = torch.Generator().manual_seed(self.seed * 1000 + epoch)
         rows = torch.randperm(len(self), generator=rng)[:self.n_batches * self.step_size]
+        # Within a pool the shortest come first, so that a batch holds texts of about one length.
         pools = [pool[self.lengths[pool].argsort(stable=True)]
                  for pool in rows.split(32 * self.step_size)]
         batches = torch.cat(pools).view(self.n_batches, self.step_size)
+        # Shuffled again: else every pool would start with its shortest texts.
         order = torch.randperm(self.n_batches, generator=rng)
         self.epoch, self.order = epoch, batches[order]          # (n_batches, step_size)
 
@@ -357,17 +375,23 @@ class Batches:
             self.position = 0
         rows = self.order[self.position][rank()::world_size()]
         self.position += 1
+        self.n_tokens += self.lengths[rows].sum().item()
         return self.take(rows)
 
     def take(self, rows):
         """The records of these rows, as a batch on the device."""
+        where = rows.to(self.device)
         batch = {}
-        for field, values in self.encoded.items():
-            values = values[rows]
+        for field, values in self.on_device.items():
+            values = values[where]                                      # (B, longest) or (B,)
             if values.dim() == 2:
+                width = self.lengths_of[field][rows].max().item()
+                if self.few_shapes:
+                    width = 2 ** math.ceil(math.log2(max(width, 1)))
+                # Prompts are padded on the left, so their right end is kept.
                 side = "left" if field == "prompt" else "right"
-                values = trim(values, self.pad_token_id, side)
-            batch[field] = values.to(self.device)
+                values = cut(values, width, side)
+            batch[field] = values
         return batch
 
     def in_order(self, batch_size=256):
@@ -408,18 +432,22 @@ def prompt_batches(records, config, tok, block_size, device, seed):
 def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=256, **sampling):
     """Samples a response to each prompt, given as strings: yields (prompt (B, P), response (B, R)).
 
-    sampling: temperature, top_k, top_p. Raises InputError if a prompt leaves no room."""
+    A response has at most max_new_tokens, or the room that its own prompt leaves. sampling:
+    temperature, top_k, top_p. Raises InputError if a prompt leaves no room."""
     was_training = model.training
     model.eval()
     block_size, device = model.config.block_size, next(model.parameters()).device
     records = [{"prompt": prompt} for prompt in prompts]
     encoded = encode_records(records, tok, ["prompt"], block_size, reserve=1)["prompt"]
-    max_new_tokens = min(max_new_tokens, block_size - encoded.size(1))
-    for rows in encoded.split(batch_size):
-        prompt = trim(rows, tok.pad_token_id, "left").to(device)
-        with autocast():
-            response, _ = model.generate(prompt, max_new_tokens, rng=rng, **sampling)
-        yield prompt, response
+    for batch in encoded.split(batch_size):
+        room = block_size - trim(batch, tok.pad_token_id, "left").size(1)
+        # A long prompt must not shorten the others' responses: then each is answered by itself.
+        for rows in batch.split(1) if room < max_new_tokens else [batch]:
+            prompt = trim(rows, tok.pad_token_id, "left").to(device)        # (B, P)
+            n_new = min(max_new_tokens, block_size - prompt.size(1))
+            with autocast():
+                response, _ = model.generate(prompt, n_new, rng=rng, **sampling)    # (B, R)
+            yield prompt, response
     model.train(was_training)
 
 
@@ -432,12 +460,13 @@ def complete(model, tok, prompts, rng, autocast, **sampling):
 
 
 def describe(tok, prompt, response, kl=None, score=None):
-    """One row for each response: prompt, text, length in tokens, kl and score (B,) if given, and
-    the verdict of the pun world's judge, if the prompt is one of its own."""
+    """One row for each response: prompt, text, length in tokens, whether it ended, kl and score
+    (B,) if given, and the verdict of the pun world's judge, if the prompt is one of its own."""
     rows = []
     for i, (p, r) in enumerate(zip(prompt.cpu(), response.cpu(), strict=True)):
         row = {"prompt": tok.decode(p), "text": tok.decode(r)}
         row["length"] = (r != tok.pad_token_id).sum().item()
+        row["ended"] = tok.eos_token_id in r.tolist()       # or it was cut off at the longest
         if kl is not None:
             row["kl"] = kl[i].item()
         if score is not None:

@@ -49,7 +49,7 @@ from data import (
 )
 from lora import load_policy_and_reference, save_trained
 from model import load_reward_model, logprobs
-from optim import adamw, optimizer_step, set_lr
+from optim import adamw, compile_step, optimizer_step, set_lr
 from puns import world
 
 
@@ -401,12 +401,13 @@ def train(config):
         records = records * -(-config.batch_size // len(records))       # rounded up
     encoded = encode(records, tok, fields, block_size, reserve)
     val_encoded = encode(val_records, tok, fields, block_size, reserve)
-    batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed)
+    batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed,
+                      few_shapes=config.compile)
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
 
     optimizer = adamw(policy, config.lr, config.weight_decay)           # the reference is not in it
     rng = make_rng(device, config.seed)
-    make_pair = torch.compile(dpo_batch, dynamic=True) if config.compile else dpo_batch
+    make_pair = compile_step(dpo_batch) if config.compile else dpo_batch
 
     run = Run("dpo", config)
     for step in run.steps(config.eval_interval, policy=policy, optimizer=optimizer,

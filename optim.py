@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn as nn
 
-from common import average_gradients, supports_bf16
+from common import InputError, average_gradients, supports_bf16
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, without=()):
@@ -120,3 +120,21 @@ def optimizer_step(loss, model, optimizer, grad_clip):
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     optimizer.step()
     return norm.item()
+
+
+def compile_step(function):
+    """torch.compile(function), for batches with few_shapes (data.Batches).
+
+    Shapes are static: with symbolic ones, Inductor cannot order the strides of a prompt and a
+    response side by side, P + R - 1 positions, and dies. Raises InputError if it cannot compile."""
+    compiled = torch.compile(function, dynamic=False)
+
+    def call(*args):
+        try:
+            return compiled(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(f"torch.compile does not work here ({reason}): leave --compile out, "
+                             "or install a C++ compiler") from None
+
+    return call

@@ -33,7 +33,16 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import InputError, Run, TrainOptions, agreed, command_line, make_rng, setup
+from common import (
+    InputError,
+    Run,
+    TrainOptions,
+    agreed,
+    check_options,
+    command_line,
+    make_rng,
+    setup,
+)
 from data import describe, format_samples, load_prompts, means, prompt_batches, tokenizer_of
 from lora import load_policy_and_reference, load_reward_adapter, save_trained
 from model import load_reward_model, logprobs, logprobs_from_logits
@@ -309,6 +318,10 @@ def update(policy, value_head, optimizer, rollout, advantages, returns, config, 
 
 def check_config(config):
     """Raises InputError for options that contradict each other."""
+    check_options(config)
+    if config.temperature == 0:
+        raise InputError("--temperature 0 always writes the same response, and nothing is learned "
+                         "from one: it must be greater than 0")
     if config.baseline not in ("critic", "rloo", "grpo", "dr_grpo"):
         raise InputError(f"--baseline is critic, rloo, grpo or dr_grpo, not '{config.baseline}'")
     if config.loss not in ("ppo", "gspo", "cispo"):

@@ -29,7 +29,7 @@ from common import InputError, Run, TrainOptions, command_line, make_rng, setup
 from data import Batches, encode_records, respond, tokenizer_of, train_and_val
 from lora import prepare, save_trained
 from model import RewardModel, load_model
-from optim import adamw, optimizer_step, set_lr
+from optim import adamw, compile_step, optimizer_step, set_lr
 from puns import world
 
 
@@ -232,7 +232,8 @@ def train(config):
     block_size = model.config.block_size - 1        # the head reads one position more
     encoded = encode_comparisons(records, tok, fields, block_size)
     val_encoded = encode_comparisons(val_records, tok, fields, block_size)
-    batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed)
+    batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed,
+                      few_shapes=config.compile)
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
     n_parameters = sum(p.numel() for p in reward_model.parameters())
     print(f"reward_model: {n_parameters / 1e6:.2f} M parameters, {len(records)} records of "
@@ -242,7 +243,7 @@ def train(config):
     reward_model.train()
     # AdamW: the model has learned the language, and now moves little.
     optimizer = adamw(reward_model, config.lr, config.weight_decay)
-    score = torch.compile(score_all, dynamic=True) if config.compile else score_all
+    score = compile_step(score_all) if config.compile else score_all
 
     run = Run("reward_model", config)
     for step in run.steps(config.eval_interval, reward_model=reward_model, optimizer=optimizer,

@@ -36,7 +36,7 @@ from data import (
 )
 from lora import prepare, save_trained
 from model import ModelConfig, build_model, load_model, logprobs
-from optim import Muon, adamw, optimizer_step, set_lr
+from optim import Muon, adamw, compile_step, optimizer_step, set_lr
 from puns import world
 
 
@@ -160,7 +160,8 @@ def train(config):
     encoded = encode_records(records, tok, fields, block_size)          # {field: (N, longest)}
     val_encoded = encode_records(val_records, tok, fields, block_size)
     # The order of the batches depends on the seed alone, so a run can be repeated.
-    batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed)
+    batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed,
+                      few_shapes=config.compile)
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
     # The judge's verdicts need many samples; of other texts a few are read.
     n_samples = 64 if config.data else 256
@@ -178,7 +179,7 @@ def train(config):
     optimizer_of = adamw if config.init else Muon
     optimizer = optimizer_of(model, config.lr, config.weight_decay)
     rng = make_rng(device, config.seed)                 # for samples alone; batches have their own
-    loss_function = torch.compile(sft_loss, dynamic=True) if config.compile else sft_loss
+    loss_function = compile_step(sft_loss) if config.compile else sft_loss
 
     run = Run("sft", config)
     for step in run.steps(config.eval_interval, model=model, optimizer=optimizer, batches=batches,

@@ -48,7 +48,7 @@ def test_a_console_without_a_character_shows_its_escape(monkeypatch):
     (dict(device="cuda"), "--device cuda: torch finds no such device here"),
     (dict(dtype="float16"), "--dtype is float32 or bfloat16, not 'float16'")])
 def test_a_device_or_dtype_that_is_not_there(monkeypatch, options, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match=message):
         common.setup(Options(**options))
 
@@ -56,7 +56,7 @@ def test_a_device_or_dtype_that_is_not_there(monkeypatch, options, message):
 @pytest.mark.parametrize("has_cuda, has_mps, expected", [
     (True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
 def test_the_fastest_device_is_the_default(monkeypatch, has_cuda, has_mps, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(has_cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
     assert common.pick_device().type == expected and common.pick_device("cpu").type == "cpu"
 
