@@ -94,12 +94,13 @@ class TrainOptions(Options):
 # meaning, so one table serves all stages.
 RANGES = {
     (1, math.inf): "batch_size minibatch_size d_batch_size grad_accum group_size max_steps "
-                   "ppo_epochs ppg_epochs eval_interval log_interval sample_interval corpus_size "
-                   "max_new_tokens n_layer n_head n_embd block_size kl_horizon samples n best_of",
+                   "ppo_epochs eval_interval log_interval sample_interval corpus_size "
+                   "max_new_tokens n_layer n_head n_embd block_size samples n best_of",
     (0, math.inf): "lr d_lr weight_decay grad_clip warmup_steps n_inner lora top_k temperature "
-                   "beta simpo_gamma margin centering kl_coef kl_target vf_coef d_steps "
-                   "ppg_interval missing_eos_penalty",
-    (1e-6, math.inf): "tau clip_range",
+                   "beta simpo_gamma margin centering kl_coef target_kl vf_coef d_steps "
+                   "clip_range_high missing_eos_penalty skip_g_every",
+    (1e-6, math.inf): "tau clip_range epochs",
+    (-math.inf, math.inf): "likelihood",
     (1e-6, 1): "top_p",
     (0, 1): "noise label_smoothing gamma lam",
     (0, 0.99): "dropout",
@@ -363,7 +364,8 @@ class Run:
         self.metrics_path = log_folder / "metrics.jsonl" if log_folder else Path(os.devnull)
         self.samples_path = log_folder / "samples.txt" if log_folder else Path(os.devnull)
         self.step, self.seconds, self.started = 0, 0.0, time.time()
-        self.n_tokens, self.sampled_tokens, self.row_time = 0, 0.0, self.started
+        self.sampled_tokens = 0         # for the stages that learn from samples to add to
+        self.counted_tokens, self.row_time = 0, self.started            # at the last row
 
     def steps(self, save_interval, **parts):
         """Yields step numbers: from the saved state if it has the same options and data, else
@@ -467,21 +469,18 @@ class Run:
         row = {"step": self.step + 1}
         row |= {name: round(value, 6) for name, value in metrics.items()}
         row["seconds"] = round(time.time() - self.started, 1)
-        row |= self._speed(metrics)
+        row |= self._speed()
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         first_few = list(metrics.items())[:5]
         self.bar.set_postfix_str("  ".join(f"{name} {value:.3g}" for name, value in first_few))
 
-    def _speed(self, metrics):
+    def _speed(self):
         """{"tokens_per_second": ...} of all processes since the last row that had some."""
-        if "length" in metrics and "max_new_tokens" in self.config:
-            # The stage learns from what it samples, batch_size responses a row.
-            self.sampled_tokens += metrics["length"] * self.config["batch_size"]
         dealt = sum(getattr(part, "n_tokens", 0) for part in self.parts.values())
-        new_tokens = dealt + self.sampled_tokens - self.n_tokens
+        new_tokens = dealt + self.sampled_tokens - self.counted_tokens
         seconds, self.row_time = time.time() - self.row_time, time.time()
-        self.n_tokens += new_tokens
+        self.counted_tokens += new_tokens
         if not new_tokens:                                  # the row of an evaluation
             return {}
         return {"tokens_per_second": round(world_size() * new_tokens / max(seconds, 1e-3))}

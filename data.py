@@ -466,7 +466,6 @@ def describe(tok, prompt, response, kl=None, score=None):
     for i, (p, r) in enumerate(zip(prompt.cpu(), response.cpu(), strict=True)):
         row = {"prompt": tok.decode(p), "text": tok.decode(r)}
         row["length"] = (r != tok.pad_token_id).sum().item()
-        row["ended"] = tok.eos_token_id in r.tolist()       # or it was cut off at the longest
         if kl is not None:
             row["kl"] = kl[i].item()
         if score is not None:
@@ -476,6 +475,7 @@ def describe(tok, prompt, response, kl=None, score=None):
             row["pun"] = verdict.on_topic and verdict.pun       # a pun on the wrong topic fails
             row["on_topic"] = verdict.on_topic
             row["fluent"] = verdict.fluent
+        row["ended"] = tok.eos_token_id in r.tolist()       # or it was cut off at the longest
         rows.append(row)
     return rows
 

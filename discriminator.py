@@ -21,6 +21,7 @@ checkpoint, and there both sides learn, with the verdict as a reward (RLGAF, arX
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -60,6 +61,7 @@ class Config(Options):
     grad_clip: float = 1.0                      # largest norm of a gradient; 0 does not clip
     eval_interval: int = 100                                    # steps between two evaluations
     log_interval: int = 10                              # steps between two rows of metrics.jsonl
+    READ_IF: ClassVar = [("data", [""], "corpus_size")]
 
 
 class Discriminator(nn.Module):

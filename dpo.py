@@ -29,7 +29,7 @@ own pairs: of a few samples of the policy the reward model's best is chosen, its
 
 import json
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,8 @@ class Config(TrainOptions):
     eval_interval: int = 100                                    # steps between two evaluations
     log_interval: int = 10                              # steps between two rows of metrics.jsonl
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
+    READ_IF: ClassVar = [("data", [""], "corpus_size noise"), ("loss", ["simpo"], "simpo_gamma"),
+                         ("loss", ["cdpo", "robust"], "label_smoothing")]
 
 # -----------------------------------------------------------------------------
 # the losses: all of them map a Pair, whose fields are (B,), to losses (B,)
@@ -419,6 +421,8 @@ def train(config):
             if reward_model is not None:                    # online: the policy writes the pairs
                 batch, scores = sample_pairs(policy, reward_model, batch["prompt"], config, rng)
                 metrics["score"] = scores.mean().item()
+                sampled = torch.cat([batch["chosen"], batch["rejected"]])
+                run.sampled_tokens += (sampled != policy.pad_token_id).sum().item()
             pair = make_pair(policy, reference, batch, config.loss == "kto")
         loss = losses_of(pair, config).mean()                           # over records
         grad_norm = optimizer_step(loss, policy, optimizer, config.grad_clip)

@@ -27,6 +27,7 @@ distribution.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -85,6 +86,8 @@ class Config(Options):
     vf_coef: float = 0.1
     missing_eos_penalty: float = 1.0
     sample_interval: int = 20                           # rounds between two samples on screen
+    READ_IF: ClassVar = [("data", [""], "corpus_size"), ("estimator", ["gumbel"], "tau"),
+                         ("baseline", ["critic"], "gamma lam vf_coef")]
 
 # -----------------------------------------------------------------------------
 # what G wants from D, and how a gradient gets there
@@ -247,6 +250,7 @@ def train(config):
             rollout = ppo.make_rollout(policy, value_head, reference, score_fn, prompt, config,
                                        rng)
         metrics, rows = ppo.describe_rollout(rollout, tok)
+        run.sampled_tokens += rollout.mask.sum().item()
         metrics["objective"] = metrics.pop("score")     # D's verdict, not a reward model's score
 
         # -- D learns, on reals and on what G has just written

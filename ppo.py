@@ -28,6 +28,7 @@ ever sees the judge.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -76,6 +77,7 @@ class Config(TrainOptions):
     warmup_steps: int = 5                                       # rollouts until the highest rate
     grad_clip: float = 1.0                      # largest norm of a gradient; 0 does not clip
     sample_interval: int = 20   # rollouts between two samples on screen and two saved states
+    READ_IF: ClassVar = [("baseline", ["critic"], "gamma lam vf_coef")]
 
 # -----------------------------------------------------------------------------
 # arithmetic: all tensors (B, R), with a bool mask (B, R), True on response tokens
@@ -399,6 +401,7 @@ def train(config, reward_fn=None):
         with autocast():
             rollout = make_rollout(policy, value_head, reference, score_fn, prompt, config, rng)
         metrics, rows = describe_rollout(rollout, tok)
+        run.sampled_tokens += rollout.mask.sum().item()
 
         # -- update
         advantages, returns = compute_advantages(rollout, config, config.kl_coef)

@@ -20,6 +20,7 @@ no training set contains. Only differences of scores mean something: Bradley-Ter
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,8 @@ class Config(TrainOptions):
     eval_interval: int = 100                                    # steps between two evaluations
     log_interval: int = 20                              # steps between two rows of metrics.jsonl
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
+    READ_IF: ClassVar = [("data", [""], "corpus_size noise"),
+                         ("loss", ["pairwise", "ranking"], "margin centering")]
 
 # -----------------------------------------------------------------------------
 # the losses

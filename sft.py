@@ -19,6 +19,7 @@ into one row.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import tyro
@@ -69,6 +70,8 @@ class Config(TrainOptions):
     eval_interval: int | None = None    # steps between two evaluations; None: 500, --init an epoch
     log_interval: int = 25      # steps between two rows of metrics.jsonl
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
+    READ_IF: ClassVar = [("data", [""], "corpus_size"), ("init", [""],
+                         "tokenizer arch n_layer n_head n_embd n_inner block_size dropout")]
 
 
 # 4,400 steps of 128 records read each record of the pun world once.
@@ -152,8 +155,8 @@ def train(config):
     """Runs the stage. Writes config.out_dir/ckpt.pt. Raises InputError for unusable input."""
     if config.epochs is not None and config.max_steps is not None:
         raise InputError("--epochs and --max_steps both say how long: leave one of them out")
-    config = fill_in(config, **(FINE_TUNING if config.init else FROM_SCRATCH))
     device, autocast = setup(config)
+    config = fill_in(config, **(FINE_TUNING if config.init else FROM_SCRATCH))
     model, tok = make_model(config, device)
     records, val_records = load_corpus(config)
     fields, block_size = ["prompt", "completion"], model.config.block_size

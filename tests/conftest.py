@@ -85,6 +85,13 @@ def owls(n, first=0):
             for i, thing in enumerate(world().things[first:first + n])]
 
 
+def without_times(folder):
+    """The rows of a run's metrics.jsonl, without how fast it was."""
+    return [{name: value for name, value in row.items()
+             if name not in ("seconds", "tokens_per_second")}
+            for row in common.read_jsonl(Path(folder) / "metrics.jsonl")]
+
+
 def pairs(folder, n=20):
     """A file of n preferences: what is held out of it is measured in no time."""
     rows = [{"prompt": "About a banker:", "chosen": " yes" * (i + 1), "rejected": " no"}
@@ -93,45 +100,22 @@ def pairs(folder, n=20):
 
 
 def tiny(module, folder, sft_ckpt, **changes):
-    """The Config of a stage for two tiny steps. Options that it does not have are ignored."""
+    """The Config of a stage for two tiny steps. Options that it does not read are left out."""
     sizes = dict(out_dir=str(folder), init=str(sft_ckpt), max_steps=2, warmup_steps=1,
                  batch_size=8, minibatch_size=4, d_batch_size=4, corpus_size=60, max_new_tokens=6,
                  eval_interval=2, log_interval=1, sample_interval=1, **CPU) | changes
     fields = {field.name for field in dataclasses.fields(module.Config)}
-    return module.Config(**{name: value for name, value in sizes.items() if name in fields})
+    sizes = {name: value for name, value in sizes.items() if name in fields}
+    return module.Config(**readable(module, sizes))
 
 
-def check_optimizer(weights_after, still=()):
-    """What each option of AdamW does to the weights after one step at the rate 1e-2.
-
-    weights_after(**options) -> {name: weight}. still: names of weights without a gradient."""
-    start, plain = weights_after(lr=0.0), weights_after(weight_decay=0.0)
-    decayed, warm = weights_after(weight_decay=0.1), weights_after(warmup_steps=4, weight_decay=0.0)
-    clipped = weights_after(grad_clip=1e-10, weight_decay=0.0)
-    for name, w in start.items():
-        step = plain[name] - w
-        assert step.abs().max() > 0.9e-2 or name in still     # AdamW's first step is as large as lr
-        close(warm[name], w + step / 4, atol=1e-6)
-        close(decayed[name], plain[name] - (1e-3 * w if w.dim() == 2 else 0), atol=1e-6)
-        # unless the gradient is far below its eps of 1e-8
-        assert (clipped[name] - w).abs().max() < 2e-3
-
-
-def check_pun_world_pairs(load):
-    """load(**options) -> (training pairs, held-out pairs, ...). Noise flips training labels alone,
-    and the held-out puns are in no training set."""
-    clean, val, *_ = load(corpus_size=200)
-    noisy, noisy_val, *_ = load(corpus_size=200, noise=1.0)
-    assert [row["chosen"] for row in clean] == [row["rejected"] for row in noisy]
-    assert len(clean) == 200 and len(val) >= 1000 and val == noisy_val
-    assert load(corpus_size=200, seed=1)[0] != clean
-    puns = [set(), set()]
-    for seen, rows in zip(puns, (clean, val), strict=True):
-        for row in rows:
-            _, _, is_pun, parse = world().judge(row["prompt"], row["chosen"])
-            if is_pun:
-                seen.add((parse.thing.name, parse.phrase.text))
-    assert puns[0] and puns[1] and not puns[0] & puns[1]
+def readable(module, options):
+    """The options without those that others make useless: a stage would refuse them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(module.Config)}
+    for option, values, names in getattr(module.Config, "READ_IF", []):
+        if options.get(option, defaults[option]) not in values:
+            options = {name: value for name, value in options.items() if name not in names.split()}
+    return options
 
 
 @contextlib.contextmanager

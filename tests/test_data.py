@@ -272,11 +272,14 @@ def test_each_prompt_gets_a_completion_in_eval_mode(tiny_model, tok, training):
     assert model.training == training
 
 
-def test_a_response_gets_the_room_that_the_prompts_leave(tiny_model, tok):
+def test_a_response_gets_the_room_that_its_own_prompt_leaves(tiny_model, tok):
+    """A long prompt shortens no other response, and nothing is shortened without need."""
     sizes, n = dataclasses.asdict(tiny_model.config), len(tok.encode(PROMPTS[2]))
     model = toy(**sizes | {"block_size": n + 2})
-    (_, response), = data.respond(model, tok, PROMPTS, None, off)
-    assert response.size(1) == 2
+    rooms = [response.size(1) for _, response in data.respond(model, tok, PROMPTS, None, off)]
+    assert rooms == [n + 2 - len(tok.encode(prompt)) for prompt in PROMPTS] and rooms[2] == 2
+    (_, together), = data.respond(model, tok, PROMPTS, None, off, max_new_tokens=2)
+    assert together.shape == (5, 2)
     with pytest.raises(InputError, match="the prompt 'Why not, .* block holds"):
         [*data.respond(toy(**sizes | {"block_size": n}), tok, PROMPTS, None, off)]
 
@@ -318,7 +321,10 @@ def test_a_pun_counts_only_where_it_is_on_topic(tok):
     assert [data.verdict_of(row) for row in rows] == ["-", "pun", "-", "-"]
     found = data.means(rows)
     assert found.pop("length") == sum(row["length"] for row in rows) / 4
-    assert found == {"kl": 1.5, "pun": 1 / 3, "on_topic": 1 / 3, "fluent": 2 / 3, "distinct": 0.5}
+    assert found == {"kl": 1.5, "pun": 1 / 3, "on_topic": 1 / 3, "fluent": 2 / 3, "ended": 1,
+                     "distinct": 0.5}
+    cut = data.describe(tok, encoded["prompt"], encoded["completion"][:, :1])
+    assert [row["ended"] for row in cut] == [False] * 4
     lines = data.format_samples(rows, n=4).splitlines()         # the pun comes first
     assert lines[0] == f"  pun | {world().prompt(thing)}{pun}  kl +1.00"
     assert len(lines) == 4 and lines[3].startswith("    - | Hello:⏎")

@@ -7,7 +7,7 @@ import conftest
 import pytest
 import torch
 import torch.nn as nn
-from conftest import CPU, EOS, PAD, TINY_SFT, awake, close, ids, off, records, tiny, toy
+from conftest import CPU, EOS, PAD, TINY_SFT, awake, close, ids, off, readable, records, tiny, toy
 
 import sft
 from common import InputError, read_jsonl
@@ -127,7 +127,7 @@ def test_fine_tuning_has_defaults_of_its_own(tmp_path, sft_ckpt):
 
     def run(init=sft_ckpt, **options):
         given = dict(init=init, data=data, val_data=data, out_dir=str(tmp_path / "run")) | options
-        sft.train(sft.Config(**CPU | given))
+        sft.train(sft.Config(**readable(sft, CPU | given)))
         rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
         used = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
         val_nll = {row["step"]: row["val_nll"] for row in rows if "val_nll" in row}

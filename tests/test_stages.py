@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, ROOT, pairs, records, tiny
+from conftest import CPU, ROOT, pairs, records, tiny, without_times
 
 import common
 import discriminator
@@ -37,11 +37,6 @@ from model import load_model, load_reward_model, save_model
 TRAINING = {module.__name__: module for module in (sft, reward_model, discriminator, ppo, dpo, gan)}
 STAGES = TRAINING | {"evaluate": evaluate, "sample": sample}
 MODULES = ["common", "optim", "model", "data", "puns", "lora", *STAGES]
-
-
-def without_seconds(folder):
-    rows = read_jsonl(folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 # -----------------------------------------------------------------------------
 # programs
@@ -73,6 +68,15 @@ def test_no_stage_imports_from_real():
             if isinstance(node, ast.ImportFrom):
                 names.append(node.module or "")
             assert not any(name.partition(".")[0] == "real" for name in names), path.name
+
+
+def test_no_stage_asks_for_its_rank_or_architecture():
+    """The word `arch` stands in no stage but sft.py, which makes the model."""
+    for name in ("model", *TRAINING):
+        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+        names = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(tree)}
+        assert not names & {"rank", "world_size", "distributed"}, name
+        assert "arch" not in names or name in ("model", "sft"), name
 
 
 @pytest.fixture
@@ -358,7 +362,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(chain, tmp_path, module,
     assert not (killed / "ckpt.pt").exists()
     module.train(config)
     module.train(dataclasses.replace(config, out_dir=str(whole)))
-    assert without_seconds(killed) == without_seconds(whole)
+    assert without_times(killed) == without_times(whole)
     assert (killed / "samples.txt").read_bytes() == (whole / "samples.txt").read_bytes()
     a, b = (torch.load(run / "ckpt.pt", weights_only=True)["model"] for run in (killed, whole))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
