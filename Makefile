@@ -1,8 +1,9 @@
 # make               the main job: installs, trains all six stages on the pun world, table, figures;
-#                    again: only what is missing
-# make SIZE=gpu      the larger configuration, 27 M parameters, for a consumer GPU
-# make TINY=1        the same in a minute, to see that everything runs (it learns nothing);
-#                    with SIZE=gpu: that size's options, shorter and narrower
+#                    again: only what is missing. With an NVIDIA GPU it takes SIZE=gpu by itself
+# make SIZE=gpu      the larger model, 27 M parameters, for a consumer GPU; SIZE=cpu the small one
+# make ARCH=t5       another architecture; SEED=7 another seed. Each has a folder of its own in runs/
+# make TINY=1        the same in a minute, to see that everything runs (it learns nothing): the
+#                    options of the size, but shorter and narrower
 # make gans          the GAN's other two estimators; python evaluate.py then has them in its table
 # make compare       gpt, palm and t5 with as many parameters, three seeds each: nine times make
 # make real          the same stages on a pretrained model and on puns that people wrote and
@@ -17,9 +18,25 @@
 PYTHON ?= python3
 PY     := .venv/bin/python
 ARCH   ?= gpt
-SIZE   ?= cpu
 SEED   ?= 1337
-R      ?= runs$(if $(TINY),/tiny,)$(if $(filter gpu,$(SIZE)),/gpu,)
+GPU    := $(if $(filter gpt,$(ARCH)),$(shell nvidia-smi -L 2>/dev/null))
+OWN    := $(if $(GPU),gpu,cpu)
+SIZE   ?= $(OWN)
+# What a plain make trains here is in runs/, and all else in a folder of its own, so that nothing is
+# taken for what it is not.
+R      ?= runs$(if $(TINY),/tiny)$(if $(filter-out $(OWN),$(SIZE)),/$(SIZE))$(OTHER)
+OTHER   = $(if $(filter-out gpt-1337,$(ARCH)-$(SEED)),/$(ARCH)-$(SEED))
+
+ifeq ($(filter cpu gpu,$(SIZE)),)
+  $(error SIZE is cpu or gpu, not '$(SIZE)')
+endif
+ifeq ($(SIZE)$(filter gpt,$(ARCH)),gpu)
+  $(error SIZE=gpu has options for ARCH=gpt alone: leave SIZE out)
+endif
+ifneq ($(filter all gans,$(or $(MAKECMDGOALS),all)),)
+  $(info SIZE=$(SIZE)$(if $(and $(GPU),$(filter gpu,$(SIZE))), (this machine has a GPU; make \
+         SIZE=cpu trains the small model)) ARCH=$(ARCH) SEED=$(SEED): into $R/)
+endif
 
 # Keeps the C library from returning memory after each step, only to ask for it again.
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
@@ -31,37 +48,37 @@ export PYTHONUTF8 := 1
 # discriminators of both need a higher rate, else they see less than that of gpt does; PPO takes more
 # steps and pays less for KL to get to the same place. All of it was chosen on seed 1337.
 ifeq ($(SIZE),gpu)
-  SFT    := --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 \
-            --batch_size 256 --max_steps 6000 --lr 3e-3 --compile
-  REWARD := --batch_size 256 --lr 2e-4
-  DISC   := --batch_size 256 --lr 2e-4
-  PPO    := --batch_size 1024 --minibatch_size 512 --lr 1e-4
-  DPO    := --batch_size 256 --lr 1e-4
-  GAN    := --batch_size 1024 --minibatch_size 512 --d_batch_size 256 --lr 1e-4
-  EVAL   := --samples 10000
+  SFT    += --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 \
+            --batch_size 256 --max_steps 6000 --lr 3e-3
+  REWARD += --batch_size 256 --lr 2e-4
+  DISC   += --batch_size 256 --lr 2e-4
+  PPO    += --batch_size 1024 --minibatch_size 512 --lr 1e-4
+  DPO    += --batch_size 256 --lr 1e-4
+  GAN    += --batch_size 1024 --minibatch_size 512 --d_batch_size 256 --lr 1e-4
+  EVAL   += --samples 10000
 else ifeq ($(ARCH),palm)
-  DISC   := --lr 1e-3
-  PPO    := --max_steps 100 --kl_coef 0.2
-  GAN    := --d_lr 4e-4
+  DISC   += --lr 1e-3
+  PPO    += --max_steps 100 --kl_coef 0.2
+  GAN    += --d_lr 4e-4
 else ifeq ($(ARCH),t5)
-  SFT    := --n_embd 144 --n_inner 144 --lr 2e-2
-  REWARD := --lr 1e-3
-  DISC   := --lr 1e-3
-  PPO    := --max_steps 100 --lr 2.5e-4 --kl_coef 0.2
-  DPO    := --lr 2.4e-4
-  GAN    := --lr 3e-4 --d_lr 4e-4 --kl_coef 0.05
+  SFT    += --n_embd 144 --n_inner 144 --lr 2e-2
+  REWARD += --lr 1e-3
+  DISC   += --lr 1e-3
+  PPO    += --max_steps 100 --lr 2.5e-4 --kl_coef 0.2
+  DPO    += --lr 2.4e-4
+  GAN    += --lr 3e-4 --d_lr 4e-4 --kl_coef 0.05
 endif
 
-# Of an option that stands twice, the last one counts.
+# Of an option that stands twice, the last one counts. Only lengths and widths stand here: batches,
+# rates, and all else are those of the size, so that TINY=1 finds what is wrong with them.
 ifdef TINY
-  SFT    += --corpus_size 2000 --max_steps 20 --eval_interval 10 --batch_size 16 \
+  SFT    += --corpus_size 2000 --max_steps 6 --eval_interval 3 \
             --n_layer 1 --n_embd 32 --n_head 2 --n_inner 0
-  REWARD += --corpus_size 500 --max_steps 10 --batch_size 8 --eval_interval 5
-  DISC   += --corpus_size 200 --max_steps 6 --batch_size 8 --eval_interval 3
-  PPO    += --max_steps 2 --batch_size 16 --minibatch_size 8 --sample_interval 1
-  DPO    += --corpus_size 500 --max_steps 6 --batch_size 8 --eval_interval 3
-  GAN    += --corpus_size 200 --max_steps 2 --batch_size 16 --minibatch_size 8 \
-            --d_batch_size 8 --sample_interval 1
+  REWARD += --corpus_size 600 --max_steps 4 --eval_interval 2
+  DISC   += --corpus_size 600 --max_steps 4 --eval_interval 2
+  PPO    += --max_steps 2 --max_new_tokens 8 --sample_interval 1
+  DPO    += --corpus_size 600 --max_steps 4 --eval_interval 2
+  GAN    += --corpus_size 600 --max_steps 2 --max_new_tokens 8 --sample_interval 1
   EVAL   += --samples 32 --best_of 2
 endif
 
@@ -103,7 +120,7 @@ gans: $R/gan_gumbel/ckpt.pt $R/gan_hidden/ckpt.pt
 SEEDS := 1337 1338 1339
 RUNS  := $(foreach arch,gpt palm t5,$(SEEDS:%=$R/compare/$(arch)-%/report.json))
 $(RUNS): | .venv/ready
-	$(MAKE) R=$(@D) $(join ARCH= SEED=,$(subst -, ,$(notdir $(@D))))
+	$(MAKE) SIZE=cpu R=$(@D) $(join ARCH= SEED=,$(subst -, ,$(notdir $(@D))))
 compare: $(RUNS)
 	$(PY) evaluate.py --compare $R/compare
 

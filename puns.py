@@ -18,6 +18,8 @@ The words are in lexicon/, in plain files that you can read and extend:
     python puns.py judge "About a banker:" " Old bankers never die, they just lose interest."
 """
 
+import base64
+import codecs
 import functools
 import math
 import random
@@ -480,8 +482,27 @@ class Lexicon:
 # -----------------------------------------------------------------------------
 # the command line
 
+# In rot13, so that nobody has to read them.
+SLURS = codecs.decode("avttre avttn snttbg snt xvxr fcvp tbbx puvax genaal ergneq phag jrgonpx "
+                      "pbba qlxr fyhg juber", "rot13").split()
+
+
+def check_tokens(tokens):
+    """Raises InputError if one of the tokens (bytes) is a slur.
+
+    An untrained model prints tokens at random, so none may join letters into one."""
+    for i, token in enumerate(tokens):
+        word = token.decode("utf-8", "replace").strip().lower()
+        if word.removesuffix("s") in SLURS:
+            raise InputError(f"token {i} of the tokenizer is a slur: train it with another number "
+                             "of tokens, python -m real.tokenizer --words 3800")
+
+
 def check():
-    """Check the lexicon: fields, duplicates, verb forms, and that sentences parse back."""
+    """Check the lexicon: fields, duplicates, verb forms, and that sentences parse back; and that
+    no token is a slur."""
+    lines = (LEXICON / "puns.tiktoken").read_bytes().splitlines()
+    check_tokens(base64.b64decode(line.split()[0]) for line in lines)
     w, rng = World(), random.Random(0)
     for frame in progress_bar(w.frames, "frames"):
         things = [thing for thing in w.things if frame in w.frames_for[thing.kind]]

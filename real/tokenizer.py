@@ -17,7 +17,7 @@ import tyro
 
 from common import atomic_write, command_line, progress_bar
 from data import RANKS, SENTENCES, Tokenizer
-from puns import world
+from puns import check_tokens, world
 
 # GPT-2's pieces: contractions, words with the space before them, numbers, punctuation, spaces.
 WORDS = (r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"""
@@ -75,6 +75,7 @@ def train_tokenizer(words: int = 3871, vocab_size: int = 4095, n: int = 50_000):
     texts = [text for record in world().corpus(n, seed=0) for text in record.values()]
     ranks = train_bpe(texts, words)
     ranks = train_bpe(texts, vocab_size, SENTENCES, ranks)
+    check_tokens(ranks)
     with atomic_write(RANKS) as path:
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
         path.write_bytes(b"".join(lines))

@@ -8,10 +8,10 @@ import torch.nn as nn
 from conftest import PROMPT, RESPONSE, awake, close, toy
 
 import optim
-from common import TrainOptions
+from common import InputError, TrainOptions
 from lora import prepare
 from model import RewardModel, logprobs
-from optim import Muon, adamw, optimizer_step, orthogonalize, set_lr
+from optim import Muon, adamw, compile_step, optimizer_step, orthogonalize, set_lr
 
 
 def test_adamw_decays_matrices_alone():
@@ -137,3 +137,29 @@ def test_a_step_clips_the_gradient_of_this_loss(grad_clip, expected):
     norm = optimizer_step(1000 * model.weight.sum(), model, optimizer, grad_clip)
     assert norm == pytest.approx(1000)              # before the clip
     assert before - model.weight.item() == pytest.approx(expected, rel=1e-4)
+
+# -----------------------------------------------------------------------------
+# compiled steps
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_same_step():
+    """By the real compiler, forward and backward, in bfloat16, as it is used on a GPU."""
+    def step(function):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logp = function(model, PROMPT, RESPONSE)
+        (-logp.sum()).backward()
+        return logp, model.wte.weight.grad.clone()
+
+    model = awake(toy(n_head=1, n_embd=8))
+    for plain, compiled in zip(step(logprobs), step(compile_step(logprobs)), strict=True):
+        close(compiled, plain, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.slow
+def test_no_compiler_is_one_sentence(monkeypatch):
+    from torch._inductor import config
+    monkeypatch.setattr(config.cpp, "cxx", ("/nowhere/c++",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    with pytest.raises(InputError, match="torch.compile does not work here .*: leave --compile"):
+        compile_step(torch.sin)(torch.ones(3))

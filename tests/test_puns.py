@@ -318,6 +318,12 @@ def test_check_command(tiny_world, monkeypatch, capsys):
         puns.check()
 
 
+def test_no_token_is_a_slur():
+    puns.check_tokens([b"banker", b" raccoon", b"\xff"])
+    with pytest.raises(InputError, match="token 1 of the tokenizer is a slur"):
+        puns.check_tokens([b"banker", f" {puns.SLURS[0].capitalize()}s".encode()])
+
+
 def test_sample_and_judge_commands(tiny_world, monkeypatch, capsys):
     monkeypatch.setattr(puns, "world", lambda: tiny_world)
     puns.sample(n=30)

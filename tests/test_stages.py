@@ -10,6 +10,8 @@ import math
 import os
 import re
 import runpy
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from conftest import CPU, ROOT, pairs, records, tiny, without_times
 
 import common
@@ -166,6 +169,63 @@ def test_an_option_means_the_same_everywhere():
             assert types.setdefault(field.name, kind) == kind, field.name
         module.Config().seed = 5
         assert module.Config().seed == 1337
+
+# -----------------------------------------------------------------------------
+# the Makefile
+
+def make(*arguments, path=""):
+    """The lines that make would run, without running them."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "R")}
+    done = subprocess.run(["make", "-n", "-B", "PY=python", *arguments], cwd=ROOT, text=True,
+                          capture_output=True, env=env | {"PATH": f"{path}:{env['PATH']}"})
+    return done.stdout.replace("\\\n", " ").splitlines(), done.stderr
+
+
+def configs_of(*arguments):
+    """{stage and out_dir: its Config} of all stages that make would run."""
+    lines = [shlex.split(line) for line in make("all", "gans", "R=runs/x", *arguments)[0]]
+    configs = [tyro.cli(STAGES[words[1].removesuffix(".py")].Config, args=words[2:])
+               for words in lines if words[0] == "python" and words[1].endswith(".py")]
+    assert len(configs) == 10                   # seven of make, and three of make gans
+    return configs
+
+
+# What TINY=1 may change: how long and how wide. All else is as in the size that it stands for.
+TINY_OPTIONS = {"corpus_size", "max_steps", "eval_interval", "sample_interval", "max_new_tokens",
+                "n_layer", "n_head", "n_embd", "n_inner", "samples", "best_of"}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("size, arch", [
+    ("cpu", "gpt"), ("gpu", "gpt"), ("cpu", "palm"), ("cpu", "t5")])
+def test_make_runs_each_size_with_options_that_fit(size, arch):
+    whole = configs_of(f"SIZE={size}", f"ARCH={arch}")
+    short = configs_of(f"SIZE={size}", f"ARCH={arch}", "TINY=1")
+    assert whole[0].arch == arch and (whole[0].n_embd == 512) == (size == "gpu")
+    for a, b in zip(whole, short, strict=True):
+        common.check_options(a)
+        a, b = dataclasses.asdict(a), dataclasses.asdict(b)
+        assert {name for name in a if a[name] != b[name]} <= TINY_OPTIONS
+
+
+@pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="needs make and sh")
+@pytest.mark.parametrize("arguments, has_gpu, first_line", [
+    ([], False, "SIZE=cpu ARCH=gpt SEED=1337: into runs/"),
+    ([], True, "SIZE=gpu (this machine has a GPU; make SIZE=cpu trains the small model) ARCH=gpt "
+               "SEED=1337: into runs/"),
+    (["SIZE=cpu"], True, "SIZE=cpu ARCH=gpt SEED=1337: into runs/cpu/"),
+    (["SIZE=gpu", "TINY=1"], False, "SIZE=gpu ARCH=gpt SEED=1337: into runs/tiny/gpu/"),
+    (["ARCH=t5"], True, "SIZE=cpu ARCH=t5 SEED=1337: into runs/t5-1337/"),
+    (["SEED=7"], False, "SIZE=cpu ARCH=gpt SEED=7: into runs/gpt-7/"),
+    (["SIZE=big"], False, "SIZE is cpu or gpu, not 'big'"),
+    (["SIZE=gpu", "ARCH=t5"], False, "SIZE=gpu has options for ARCH=gpt alone")])
+def test_make_says_what_it_does(tmp_path, arguments, has_gpu, first_line):
+    """Another size, architecture, or seed has a folder of its own: nothing is taken for another."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{'echo GPU 0' if has_gpu else 'exit 1'}\n", encoding="utf-8")
+    program.chmod(0o755)
+    lines, error = make(*arguments, path=str(tmp_path))
+    assert (lines[0] == first_line) if lines else first_line in error
 
 # -----------------------------------------------------------------------------
 # the chain
