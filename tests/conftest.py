@@ -118,6 +118,39 @@ def readable(module, options):
     return options
 
 
+def check_optimizer(weights_after, still=()):
+    """What each option of AdamW does to the weights after one step at the rate 1e-2.
+
+    weights_after(**options) -> {name: weight}. still: names of weights without a gradient."""
+    start, plain = weights_after(lr=0.0), weights_after(weight_decay=0.0)
+    decayed, warm = weights_after(weight_decay=0.1), weights_after(warmup_steps=4, weight_decay=0.0)
+    clipped = weights_after(grad_clip=1e-10, weight_decay=0.0)
+    for name, w in start.items():
+        step = plain[name] - w
+        assert step.abs().max() > 0.9e-2 or name in still     # AdamW's first step is as large as lr
+        close(warm[name], w + step / 4, atol=1e-6)
+        close(decayed[name], plain[name] - (1e-3 * w if w.dim() == 2 else 0), atol=1e-6)
+        # unless the gradient is far below its eps of 1e-8
+        assert (clipped[name] - w).abs().max() < 2e-3
+
+
+def check_pun_world_pairs(load):
+    """load(**options) -> (training pairs, held-out pairs, ...). Noise flips training labels alone,
+    and the held-out puns are in no training set."""
+    clean, val, *_ = load(corpus_size=200)
+    noisy, noisy_val, *_ = load(corpus_size=200, noise=1.0)
+    assert [row["chosen"] for row in clean] == [row["rejected"] for row in noisy]
+    assert len(clean) == 200 and len(val) >= 1000 and val == noisy_val
+    assert load(corpus_size=200, seed=1)[0] != clean
+    puns = [set(), set()]
+    for seen, rows in zip(puns, (clean, val), strict=True):
+        for row in rows:
+            _, _, is_pun, parse = world().judge(row["prompt"], row["chosen"])
+            if is_pun:
+                seen.add((parse.thing.name, parse.phrase.text))
+    assert puns[0] and puns[1] and not puns[0] & puns[1]
+
+
 @contextlib.contextmanager
 def serving(handler, **attributes):
     """A real server on loopback while the block lasts, on a port that the system chooses.
