@@ -256,7 +256,7 @@ def test_every_option_changes_what_it_should(tmp_path, sft_ckpt, discs):
         assert not torch.equal(weights(**two, kl_coef=9.0)[0], base[0])
     fields = {field.name for field in dataclasses.fields(gan.Config)}
     elsewhere = {"out_dir", "init", "disc", "data", "corpus_size", "estimator", "sample_interval",
-                 "max_steps", "kl_coef", "device", "dtype"}
+                 "max_steps", "kl_coef", "device", "dtype", "tau"}
     assert set().union(*(changes for changes, _ in table)) | elsewhere == fields
 
 
