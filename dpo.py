@@ -227,7 +227,7 @@ class Labeled(NamedTuple):
 
 
 def labeled_kto_loss(labeled, config):
-    """Eq. 7 of https://arxiv.org/abs/2402.01306, with the weights lambda of its Section 4.2."""
+    """Eq. 7 of https://arxiv.org/abs/2402.01306, with its weights lambda."""
     if_good, if_bad = kto_terms(labeled.logratios, labeled.logratios, labeled.kl, config)
     return labeled.weight * torch.where(labeled.is_good, if_good, if_bad)       # (B,)
 

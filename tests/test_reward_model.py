@@ -258,6 +258,10 @@ def test_options_of_the_optimizer(tmp_path, sft_ckpt):
 
     assert {"scalar_head.weight", "likelihood"} <= set(weights_after())
     conftest.check_optimizer(weights_after, still=["scalar_head.bias"])
+    metrics, _ = run_of(tmp_path, sft_ckpt, rows, rows[:2], max_steps=5, log_interval=3,
+                        eval_interval=2)
+    assert [row["step"] for row in metrics if "loss" in row] == [1, 4, 5]
+    assert [row["step"] for row in metrics if "accuracy" in row] == [2, 4, 5]
 
 
 def test_dropout_acts_in_training_alone(tmp_path, sft_ckpt, tok):

@@ -154,18 +154,20 @@ def test_fine_tuning_has_defaults_of_its_own(tmp_path, sft_ckpt):
 
 
 def test_options_of_a_new_model(tmp_path):
-    """Dropout acts in training, and not where the model is measured."""
+    """Dropout acts in training, also after --init, and not where the model is measured."""
     sizes = dict(n_layer=2, n_head=1, n_embd=16, n_inner=24, block_size=32, dropout=0.5)
-    rows, model = run_of(tmp_path, "", lr=0.0, **sizes)
+    new, model = run_of(tmp_path, "", lr=0.0, **sizes)
     for name, value in sizes.items():
         assert getattr(model.config, name) == value
     assert model.config.arch == "gpt" and run_of(tmp_path / "t5", "", arch="t5")[1].encoder
+    noisy, _ = run_of(tmp_path / "noisy", str(tmp_path / "ckpt.pt"), lr=0.0)
     model.config.dropout = 0.0
     save_model(tmp_path / "calm.pt", model, tokenizer_of(model))
     calm, _ = run_of(tmp_path / "calm", str(tmp_path / "calm.pt"), lr=0.0)
-    assert rows[0]["loss"] != pytest.approx(calm[0]["loss"], abs=1e-6)
-    assert rows[1]["val_nll"] == pytest.approx(calm[1]["val_nll"], abs=1e-4)
-    assert rows[1]["length"] == calm[1]["length"]
+    for rows in (new, noisy):
+        assert rows[0]["loss"] != pytest.approx(calm[0]["loss"], abs=1e-6)
+        assert rows[1]["val_nll"] == pytest.approx(calm[1]["val_nll"], abs=1e-4)
+        assert rows[1]["length"] == calm[1]["length"]
 
 
 def test_the_pun_world_is_the_default_corpus():
