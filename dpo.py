@@ -319,14 +319,16 @@ def reward_metrics(pair, beta):
 @torch.no_grad()
 def evaluate(policy, reference, val, config, autocast):
     """Loss and accuracy over all held-out pairs."""
-    losses, correct = [], []
-    for batch in val.in_order():
+    parts = []
+    for batch in val.in_order(config.batch_size):       # a large vocabulary fills the memory
         with autocast():
-            pair = dpo_batch(policy, reference, batch, config.loss == "kto")
-        losses.append(losses_of(pair, config))                  # (B,)
-        correct.append((pair.logits > 0).float())               # the implicit reward prefers chosen
-    return {"val_loss": torch.cat(losses).mean().item(),
-            "val_accuracy": torch.cat(correct).mean().item()}
+            parts.append(dpo_batch(policy, reference, batch, config.loss == "kto"))
+    # One Pair (or Labeled) of all records, so that a mean over them is no mean of means.
+    columns = [torch.cat([getattr(part, name) for part in parts]) for name in parts[0]._fields]
+    pair = type(parts[0])(*columns)
+    return {"val_loss": losses_of(pair, config).mean().item(),
+            # the implicit reward prefers the chosen response
+            "val_accuracy": (pair.logits > 0).float().mean().item()}
 
 # -----------------------------------------------------------------------------
 # data
@@ -396,7 +398,9 @@ def train(config):
     tok = tokenizer_of(policy)
     reward_model = load_reward_model(config.reward, device) if config.reward else None
     records, val_records, fields = load_records(config)
-    val_prompts = [record["prompt"] for record in val_records[:512]]    # for samples of the policy
+    # The judge's verdicts need many samples; of other texts a few are read.
+    n_samples = 64 if config.data else 512
+    val_prompts = [record["prompt"] for record in val_records[:n_samples]]
     block_size = policy.config.block_size
     reserve = config.max_new_tokens if config.reward else 0
     if config.reward:                                       # prompts may come again and again

@@ -103,11 +103,11 @@ def score_all(reward_model, batch, fields):
 # evaluation
 
 @torch.no_grad()
-def evaluate(reward_model, val, fields, autocast):
+def evaluate(reward_model, val, fields, autocast, batch_size=256):
     """Metrics over all held-out records: those of pair_metrics(), or val_mse and spearman."""
     reward_model.eval()                                                 # no dropout
     scores = []
-    for batch in val.in_order():
+    for batch in val.in_order(batch_size):
         with autocast():
             scores.append(score_all(reward_model, batch, fields))
     reward_model.train()
@@ -266,7 +266,8 @@ def train(config):
         if step % config.log_interval == 0 or is_last:
             run.log(loss=loss.item(), lr=lr, grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
-            metrics = evaluate(reward_model, val, fields, autocast)     # accuracy, gap, ece
+            # accuracy, gap, and ece; in small batches, since a large vocabulary fills the memory
+            metrics = evaluate(reward_model, val, fields, autocast, config.batch_size)
             run.log(**metrics)
             warning = chance_warning(metrics, len(val))
             if is_last and warning:

@@ -206,8 +206,8 @@ def train(config):
         if (step + 1) % config.eval_interval == 0 or is_last:
             # What the loss cannot show: are the samples English, on topic, and funny?
             rows = measure(model, None, tok, val_prompts, rng, autocast)
-            run.log(val_nll=evaluate(model, val, autocast, config.batch_size),
-                    **means(rows))
+            val_nll = evaluate(model, val, autocast, config.batch_size)
+            run.log(val_nll=val_nll, **means(rows))
             run.write(format_samples(rows))
 
     # The checkpoint holds the tokenizer's name, too: the later stages ask for nothing else.

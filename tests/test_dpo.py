@@ -5,7 +5,7 @@ import math
 import conftest
 import pytest
 import torch
-from conftest import EOS, PAD, awake, close, ids, records, tiny, toy
+from conftest import EOS, PAD, awake, close, ids, off, records, tiny, toy
 
 import dpo
 from common import InputError, read_jsonl
@@ -211,6 +211,19 @@ def test_held_out_pairs_are_those_of_val_data(tmp_path, sft_ckpt):
                for pair in pairs_about(THINGS[8:])]
     val_data = records(tmp_path / "swapped.jsonl", swapped)
     assert run_of(tmp_path, sft_ckpt, val_data=val_data)[-1]["val_accuracy"] == 0
+
+
+def test_evaluation_is_over_all_records_at_once():
+    """In chunks of one, too, where no good response has a bad one beside it."""
+    models = awake(toy()), awake(toy(seed=1))
+    found = dpo.evaluate(*models, Batches(BATCH, 1, PAD, "cpu", 0), config(batch_size=1), off)
+    losses = LOSSES["dpo"](dpo.dpo_batch(*models, BATCH), config())
+    assert found["val_loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    labels = {"prompt": BATCH["prompt"], "completion": BATCH["chosen"],
+              "label": torch.tensor([True, False]), "weight": torch.ones(2)}
+    found = dpo.evaluate(*models, Batches(labels, 1, PAD, "cpu", 0), config(batch_size=1), off)
+    good, bad = dpo.dpo_batch(*models, labels).logratios
+    assert found["val_accuracy"] == (good > bad)
 
 
 @pytest.mark.parametrize("shape", [list, thumbs])
