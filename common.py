@@ -4,7 +4,8 @@ The plumbing that every stage shares: options, errors, progress, processes, and 
 A run writes runs/<stage>/ and nothing else:
     config.json      the options it ran with
     metrics.jsonl    one row a log line
-    samples.txt      what the model wrote as training went on
+    samples.txt      what the model wrote as training went on: a few lines a time
+    samples.jsonl    all of it, with its numbers
     curves.png       the metrics, drawn
     state.pt         while it trains: everything needed to resume after a stop
     ckpt.pt          when it is done: the model
@@ -363,6 +364,7 @@ class Run:
         log_folder = self.folder if rank() == 0 else None
         self.metrics_path = log_folder / "metrics.jsonl" if log_folder else Path(os.devnull)
         self.samples_path = log_folder / "samples.txt" if log_folder else Path(os.devnull)
+        self.rows_path = log_folder / "samples.jsonl" if log_folder else Path(os.devnull)
         self.step, self.seconds, self.started = 0, 0.0, time.time()
         self.sampled_tokens = 0         # for the stages that learn from samples to add to
         self.counted_tokens, self.row_time = 0, self.started            # at the last row
@@ -407,8 +409,7 @@ class Run:
         state["seconds"] = time.time() - self.started
         state["torch_rng"] = torch.get_rng_state()
         # Rows that are newer than the state are cut off on resume: they will be written again.
-        state["metrics_bytes"] = self.metrics_path.stat().st_size
-        state["samples_bytes"] = self.samples_path.stat().st_size
+        state["bytes"] = {path.name: path.stat().st_size for path in self.logs()}
         with atomic_write(self.state_path) as path:
             torch.save(state, path)
 
@@ -441,8 +442,12 @@ class Run:
         self._start_over()
 
     def _start_over(self):
-        self.metrics_path.write_text("", encoding="utf-8")
-        self.samples_path.write_text("", encoding="utf-8")
+        for path in self.logs():
+            path.write_text("", encoding="utf-8")
+
+    def logs(self):
+        """The files that grow during a run."""
+        return self.metrics_path, self.samples_path, self.rows_path
 
     def _restore(self, state):
         for name, part in self.parts.items():
@@ -450,8 +455,8 @@ class Run:
         torch.set_rng_state(state["torch_rng"])
         self.step, self.seconds = state["step"], state["seconds"]
         if rank() == 0:
-            for path in (self.metrics_path, self.samples_path):
-                n_bytes = state[f"{path.stem}_bytes"]
+            for path in self.logs():
+                n_bytes = state["bytes"][path.name]
                 if path.exists() and path.stat().st_size >= n_bytes:
                     os.truncate(path, n_bytes)
 
@@ -492,13 +497,18 @@ class Run:
         if self.config.get("lr") == 0:
             return "the weights have not moved (--lr 0), so look at the data and at --init"
         advice = "the steps may be too large: try a lower --lr"
-        return advice + ", or --dtype float32" * (self.dtype == "bfloat16")
+        return f"{advice}, or --dtype float32" if self.dtype == "bfloat16" else advice
 
-    def write(self, text):
-        """Prints a few lines above the progress bar and appends them to samples.txt."""
+    def write(self, text, rows=()):
+        """Prints a few lines above the progress bar and appends them to samples.txt.
+
+        rows: all samples of this step, for samples.jsonl."""
         self.bar.write(text)
         with self.samples_path.open("a", encoding="utf-8") as file:
             file.write(f"step {self.step + 1}\n{text}\n\n")
+        with self.rows_path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": self.step + 1} | row, ensure_ascii=False) + "\n")
 
     def finish(self):
         """Draws the curves and removes the state: the run is done. Save the model first."""

@@ -441,7 +441,7 @@ def train(config):
             # The loss says how well it ranks; only its samples say how well it writes.
             rows = measure(policy, reference, tok, val_prompts, rng, autocast, reward_model)
             run.log(**held_out, **means(rows))
-            run.write(format_samples(rows))
+            run.write(format_samples(rows), rows)
 
     save_trained(run.folder / "ckpt.pt", policy, tok, stage="dpo")
     run.finish()

@@ -276,7 +276,7 @@ def train(config):
                 metrics["grad_norm"] = optimizer_step(loss, policy, optimizer, config.grad_clip)
         run.log(**metrics)
         if (step + 1) % config.sample_interval == 0 or is_last:
-            run.write(format_samples(rows))
+            run.write(format_samples(rows), rows)
 
     save_model(run.folder / "ckpt.pt", policy, tok, stage="gan")
     save_discriminator(run.folder / "discriminator.pt", discriminator, tok, stage="gan")

@@ -419,7 +419,7 @@ def train(config, reward_fn=None):
             metrics["dead_groups"] = (spread < 1e-6).float().mean().item()
         run.log(**metrics)
         if (step + 1) % config.sample_interval == 0 or is_last:
-            run.write(format_samples(rows))
+            run.write(format_samples(rows), rows)
 
     save_trained(run.folder / "ckpt.pt", policy, tok, stage="ppo")
     run.finish()

@@ -208,7 +208,7 @@ def train(config):
             rows = measure(model, None, tok, val_prompts, rng, autocast)
             val_nll = evaluate(model, val, autocast, config.batch_size)
             run.log(val_nll=val_nll, **means(rows))
-            run.write(format_samples(rows))
+            run.write(format_samples(rows), rows)
 
     # The checkpoint holds the tokenizer's name, too: the later stages ask for nothing else.
     save_trained(run.folder / "ckpt.pt", model, tok, stage="sft")

@@ -36,6 +36,10 @@ TINY_SFT = dict(corpus_size=600, batch_size=16, grad_accum=1, max_steps=60, eval
                 log_interval=20, n_layer=1, n_inner=0, n_head=2, n_embd=32, lr=1e-2,
                 warmup_steps=5, **CPU)
 
+# What every stage leaves in its folder.
+RUN_FILES = {"ckpt.pt", "config.json", "metrics.jsonl", "samples.txt", "samples.jsonl",
+             "curves.png"}
+
 
 def ids(*rows):
     return torch.tensor(rows)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, ROOT, without_times
+from conftest import CPU, ROOT, RUN_FILES, without_times
 
 import common
 import discriminator
@@ -163,7 +163,7 @@ def train(folder, stop_at=None, shift=0, **options):
         optimizer_step(loss, model, optimizer, 1.0)
         average.mul_(0.9).add_(loss.detach())
         run.log(loss=loss.item(), average=average.item())
-        run.write(f"sample {loss.item()}")
+        run.write(f"sample {loss.item()}", [{"text": "a", "loss": loss.item()}] * 2)
         if step == stop_at:
             raise KeyboardInterrupt
     run.finish()
@@ -179,14 +179,16 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(tmp_path):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     with pytest.raises(KeyboardInterrupt):
         train(stopped, stop_at=6)
-    assert files_of(stopped) == {"config.json", "metrics.jsonl", "samples.txt", "state.pt"}
+    assert files_of(stopped) == RUN_FILES - {"ckpt.pt", "curves.png"} | {"state.pt"}
     assert len(without_times(stopped)) == 7 and torch.load(stopped / "state.pt")["step"] == 4
     assert train(stopped) == train(whole) and without_times(stopped) == without_times(whole)
-    assert files_of(stopped) == {"config.json", "metrics.jsonl", "samples.txt", "curves.png"}
+    assert files_of(stopped) == RUN_FILES - {"ckpt.pt"}
     rows = read_jsonl(stopped / "metrics.jsonl")
     assert [row["step"] for row in rows] == [*range(1, 11)]
     assert all(row["tokens_per_second"] > 0 for row in rows)
     samples = [(folder / "samples.txt").read_text(encoding="utf-8") for folder in (stopped, whole)]
+    rows = [read_jsonl(folder / "samples.jsonl") for folder in (stopped, whole)]
+    assert rows[0] == rows[1] and len(rows[0]) == 20
     assert samples[0] == samples[1] and samples[0].count("step ") == 10
 
 

@@ -131,7 +131,7 @@ def test_a_row_of_the_table_by_hand():
 
 
 # One step of each stage is enough to see that they fit together.
-TINY = {"sft.py": "--max_steps 1",
+TINY = {"sft.py": "--epochs 0.1",
         "reward_model.py": "--max_steps 1 --batch_size 4",
         "discriminator.py": "--max_steps 1 --batch_size 4",
         "dpo.py": "--max_steps 1 --batch_size 4",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, TINY_SFT, no_curves, records, tiny
+from conftest import ROOT, RUN_FILES, TINY_SFT, no_curves, records, tiny
 
 import common
 import discriminator
@@ -119,7 +119,7 @@ def test_only_one_of_them_writes_and_speaks(runs):
     assert done.stdout.count("sft: ") == 1
     for name in STAGES:
         files = {path.name for path in (root / name).iterdir()} - {"discriminator.pt"}
-        assert files == {"ckpt.pt", "config.json", "metrics.jsonl", "samples.txt", "curves.png"}
+        assert files == RUN_FILES
         steps = metrics(root / name, "step")
         assert steps == sorted(steps) and steps.count(1) == 1
 

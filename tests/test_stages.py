@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import CPU, ROOT, pairs, records, tiny, without_times
+from conftest import CPU, ROOT, RUN_FILES, pairs, records, tiny, without_times
 
 import common
 import discriminator
@@ -259,9 +259,8 @@ def starts_of(root, estimator=""):
                                   "gan_reinforce", "gan_gumbel", "gan_hidden"])
 def test_a_run_leaves_what_it_promises(chain, name):
     folder, module = chain / name, TRAINING[name if name in TRAINING else "gan"]
-    files = {"ckpt.pt", "config.json", "metrics.jsonl", "samples.txt", "curves.png"}
-    files |= {"discriminator.pt"} if module is gan else set()
-    assert {path.name for path in folder.iterdir()} == files
+    more = {"discriminator.pt"} if module is gan else set()
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | more
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert set(config) == {field.name for field in dataclasses.fields(module.Config)}
     rows = read_jsonl(folder / "metrics.jsonl")
