@@ -329,11 +329,12 @@ def evaluate_policies(config, judges, overlap, autocast):
 
 
 def training_curve(path, judges, autocast):
-    """[(kl, proxy, gold)] at each step whose samples a run has kept."""
+    """[(kl, proxy, gold)] at each step whose samples a run has kept, if they have a score."""
     _, _, gold = judges
     of_step = collections.defaultdict(list)
     for row in read_jsonl(path):
-        of_step[row["step"]].append(row)
+        if "score" in row:
+            of_step[row["step"]].append(row)
     points = []
     for rows in of_step.values():
         scores = score_texts(gold, tokenizer_of(gold.model), [row["prompt"] for row in rows],
