@@ -60,7 +60,7 @@ def pairs(a, b="", data="", seed=0):
     a, b: two checkpoints, or folders of runs, which never run out; or two files of texts. Without
     b both texts are of a. data: JSONL of prompts for checkpoints; '' is what prompts_of() finds.
     Raises InputError if there is nothing to compare."""
-    paths = [Path(source) if Path(source).suffix else Path(source, "ckpt.pt")
+    paths = [Path(source, "ckpt.pt") if is_folder(source) else Path(source)
              for source in (a, b or a)]
     are_checkpoints = {path.suffix == ".pt" for path in paths}
     if are_checkpoints == {True}:
@@ -79,6 +79,10 @@ def pairs(a, b="", data="", seed=0):
         if n_useless == 1000:
             raise InputError(f"{a} and {b or a}: 1,000 pairs in a row were two equal or empty "
                              "texts, so there is nothing to compare")
+
+
+def is_folder(source):
+    return Path(source).is_dir() or not Path(source).suffix
 
 
 def prompts_of(ckpt, data=""):
@@ -321,7 +325,7 @@ def label(config):
             raise InputError("--blind compares two policies: name two different ones")
         key = read_key(out.with_suffix(".key.jsonl"), *config.sources, config.n, config.data,
                        config.seed)
-        found = [tuple(row.values()) for row in key]
+        found = [(row["prompt"], *(row[source] for source in config.sources)) for row in key]
     else:
         found = pairs(*config.sources, data=config.data, seed=config.seed)
     labeling = Labeling(found, out, config.n)
