@@ -344,8 +344,11 @@ def test_convert(tmp_path, capsys):
     assert f"dropped 1: the dialogues share no turn of the assistant (first: {path}:1)" in out
     train, test = converted(tmp_path / "out")
     assert 0 < len(test) < len(train)
+    encode = tokenizer().encode
+    longest = max(len(encode(row["prompt"])) + len(encode(row["chosen"])) for row in train + test)
+    assert longest == 59                                        # and the end token
     assert f"dropped {40 - len(train) - len(test)}: longer than 60 tokens (first: {path}:" in out
-    n_tokens = len(tokenizer().encode(dialogue("hi0", "")))
+    n_tokens = len(encode(dialogue("hi0", "")))
     convert("auto", path, shape="prompt", block_size=n_tokens + 1)      # room for a response
     with pytest.raises(InputError, match="no prompt records"):
         convert("auto", path, shape="prompt", block_size=n_tokens)
