@@ -24,7 +24,7 @@ own pairs: of a few samples of the policy the reward model's best is chosen, its
     python dpo.py                                    pairs of the pun world
     python dpo.py --loss ipo --data mine.jsonl       another loss, your own pairs
     python dpo.py --loss kto --data thumbs.jsonl     your own prompt, completion, label
-    python dpo.py --reward runs/reward_model/ckpt.pt --out_dir runs/online_dpo
+    python dpo.py --online runs/reward_model/ckpt.pt --out_dir runs/online_dpo
 """
 
 import json
@@ -65,9 +65,9 @@ class Config(TrainOptions):
     beta: float = 0.5           # of the implicit KL penalty; larger stays closer to the reference
     label_smoothing: float = 0.1    # cdpo, robust: the fraction of labels believed to be wrong
     simpo_gamma: float = 0.5    # simpo: the margin that the better text must lead by
-    reward: str = ""            # a reward model: it picks the pairs among samples of the policy
-    group_size: int = 4         # with --reward: samples a prompt
-    max_new_tokens: int = 32    # with --reward: tokens of a sample, at most
+    online: str = ""            # a reward model: it picks the pairs among samples of the policy
+    group_size: int = 4         # with --online: samples a prompt
+    max_new_tokens: int = 32    # with --online: tokens of a sample, at most
     batch_size: int = 64        # pairs
     max_steps: int = 300                                                # optimizer steps
     lr: float = 1e-4                                                    # the highest rate
@@ -361,7 +361,7 @@ def has_labels(path):
 
 def load_records(config):
     """(training records, validation records, the fields that hold their texts)."""
-    if config.reward:
+    if config.online:
         # The policy writes the rest.
         if config.data:
             return *train_and_val(config, ["prompt"]), ["prompt"]
@@ -396,14 +396,14 @@ def train(config):
     # In eval mode, like the reference: dropout would add noise to every log-ratio.
     policy, reference = load_policy_and_reference(config, device)
     tok = tokenizer_of(policy)
-    reward_model = load_reward_model(config.reward, device) if config.reward else None
+    reward_model = load_reward_model(config.online, device) if config.online else None
     records, val_records, fields = load_records(config)
     # The judge's verdicts need many samples; of other texts a few are read.
     n_samples = 64 if config.data else 512
     val_prompts = [record["prompt"] for record in val_records[:n_samples]]
     block_size = policy.config.block_size
-    reserve = config.max_new_tokens if config.reward else 0
-    if config.reward:                                       # prompts may come again and again
+    reserve = config.max_new_tokens if config.online else 0
+    if config.online:                                       # prompts may come again and again
         records = records * -(-config.batch_size // len(records))       # rounded up
     encoded = encode(records, tok, fields, block_size, reserve)
     val_encoded = encode(val_records, tok, fields, block_size, reserve)

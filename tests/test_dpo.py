@@ -235,13 +235,13 @@ def test_online_dpo_learns_what_the_reward_model_likes(tmp_path, sft_ckpt, monke
     monkeypatch.setattr(dpo, "load_reward_model", lambda path, device: reward)
     prompts = [{"prompt": f"About a {thing}:"} for thing in THINGS]
     rows = run_of(tmp_path, sft_ckpt, data=records(tmp_path / "prompts.jsonl", prompts),
-                  val_data="", reward="short.pt", max_new_tokens=12, max_steps=16,
+                  val_data="", online="short.pt", max_new_tokens=12, max_steps=16,
                   eval_interval=16, lr=5e-3)
     steps = [row for row in rows if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert steps[-1]["score"] > steps[0]["score"] + 2 and -12 <= steps[0]["score"] < -6
     assert rows[-1]["length"] == -rows[-1]["score"] < 6 and "val_loss" not in rows[-1]
-    assert len(dpo.load_records(config(reward="x"))[0]) == len(world().things)
+    assert len(dpo.load_records(config(online="x"))[0]) == len(world().things)
 
 
 def test_options_of_the_optimizer_and_of_the_losses(tmp_path, sft_ckpt):

@@ -407,10 +407,13 @@ def train_and_die(module, config):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
 @pytest.mark.parametrize("module, changes", [
-    (sft, {}), (reward_model, {}), (discriminator, {}), (dpo, {}), (dpo, dict(lora=2)), (ppo, {}),
-    (gan, {}), (gan, dict(estimator="gumbel")), (gan, dict(estimator="hidden"))])
-def test_a_killed_run_ends_as_if_it_had_not_been_killed(chain, tmp_path, module, changes):
+    (sft, {}), (reward_model, {}), (discriminator, {}), (dpo, {}), (ppo, {}), (gan, {}),
+    (dpo, dict(online="reward_model/ckpt.pt", lora=2)), (gan, dict(estimator="gumbel")),
+    (gan, dict(estimator="hidden"))])
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(chain, tmp_path, module, changes,
+                                                        monkeypatch):
     """Killed and resumed, or run in one go: the same metrics, samples and weights, bit for bit."""
+    monkeypatch.chdir(chain)
     data = pairs(tmp_path) if module in (reward_model, dpo) else ""
     sizes = dict(max_steps=7, eval_interval=4, sample_interval=4, lr=1e-3, data=data) | changes
     killed, whole = tmp_path / "killed", tmp_path / "whole"
