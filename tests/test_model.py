@@ -181,8 +181,13 @@ def test_relative_buckets_by_hand():
 # -----------------------------------------------------------------------------
 # sampling and log-probs
 
-def test_cached_generation_is_the_full_pass_and_reads_each_token_once(model):
+def test_cached_generation_is_the_full_pass_and_reads_each_token_once(model, monkeypatch):
+    caches, new_cache = [], net.KVCache
+    monkeypatch.setattr(net, "KVCache", lambda n: caches.append(new_cache(n)) or caches[0])
     short, _ = model.generate(PROMPT, 12, temperature=0)
+    monkeypatch.undo()
+    n_groups = {"palm": 1}.get(model.config.arch, model.config.n_kv_head)
+    assert caches[0].keys[1].shape[1:] == (n_groups, 5 + 12, 8)     # no copy for each query head
     widths = []     # of all inputs of linear layers
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
