@@ -45,13 +45,20 @@ def trained(stage, **options):
     return path.as_posix()
 
 
+def small_sft():
+    """The path of the small SFT model, trained once for all notebooks."""
+    return trained(sft, **small_sft_options())
+
+
 def sft_checkpoint():
-    """The path of runs/sft/ckpt.pt, or of a small SFT model, trained once for all notebooks."""
+    """The path of runs/sft/ckpt.pt, or if it is not there, of the small SFT model."""
+    return checkpoint(sft, **small_sft_options())
+
+
+def small_sft_options():
     if TINY:
-        size = dict(corpus_size=2000, max_steps=20, n_layer=1, n_embd=32, n_head=2)
-    else:
-        size = dict(corpus_size=60_000, max_steps=500, eval_interval=100)
-    return checkpoint(sft, **size)
+        return dict(corpus_size=2000, max_steps=20, n_layer=1, n_embd=32, n_head=2)
+    return dict(corpus_size=60_000, max_steps=500, eval_interval=100)
 
 # -----------------------------------------------------------------------------
 # sources

@@ -134,7 +134,7 @@ def solution(request):
 def exercises(notebook):
     """The source of each cell that checks a function of the reader."""
     sources = [cell.source for cell in code_cells(notebook)]
-    return [source for source in sources if re.search(r"(?m)^check\(my_", source)]
+    return [source for source in sources if re.search(r"(?m)^\s*check\(my_", source)]
 
 
 def run_exercise(source, capsys, monkeypatch, solved=None):
@@ -154,11 +154,17 @@ def is_stub(node):
     return isinstance(node, ast.FunctionDef) and node.name.startswith("my_")
 
 
-def test_has_three_exercises_with_hints(solution):
+def test_has_all_parts_of_a_lesson(solution):
     notebook, _ = solution
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert len(exercises(notebook)) >= 3
-    text = "".join(cell.source for cell in notebook.cells)
     assert text.count("<summary>Hint</summary>") >= 3
+    assert text.count("**Guess") >= 2
+    assert "**Time:**" in notebook.cells[0].source
+    for part in ("## Summary", "**Papers:**"):
+        assert part in notebook.cells[-1].source
+    for cell in code_cells(notebook):
+        assert all(len(line) <= 88 for line in code_lines(cell))
 
 
 def test_the_checks_wait_for_the_reader_and_accept_the_solutions(solution, capsys, monkeypatch):
