@@ -9,12 +9,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, ROOT, off, records, toy
+from conftest import CPU, ROOT, records, toy
 
 import evaluate
 import sft
 from common import InputError, read_jsonl
-from data import measure
 from evaluate import (
     best_of,
     best_of_n_kl,
@@ -27,8 +26,7 @@ from evaluate import (
     summarize,
     training_curve,
 )
-from model import ModelConfig, RewardModel, build_model, load_model, load_reward_model, save_model
-from puns import world
+from model import ModelConfig, RewardModel, build_model, load_model, save_model
 
 # -----------------------------------------------------------------------------
 # arithmetic
@@ -42,25 +40,10 @@ def test_min_kl_by_hand():
     assert math.isnan(min_kl(.5, 0.0)) and math.isnan(min_kl(.5, 1.0))
 
 
-def test_min_kl_is_reached_by_reweighting():
-    """Four texts with p0 = .1, .2, .3, .4, of which the first two are puns: puns scaled up and
-    the others down have exactly this KL, and 1000 other policies with that pun rate no less."""
-    p0, p = torch.tensor([.1, .2, .3, .4], dtype=torch.float64), .9
-    best = torch.cat([p0[:2] * p / .3, p0[2:] * (1 - p) / .7])
-    assert (best * (best / p0).log()).sum().item() == pytest.approx(min_kl(p, .3))
-    x = torch.rand(1000, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x = (x + 1e-6) / (x + 1e-6).sum(dim=2, keepdim=True)
-    others = torch.cat([p * x[:, 0], (1 - p) * x[:, 1]], dim=1)
-    assert ((others * (others / p0).log()).sum(dim=1) >= min_kl(p, .3) - 1e-9).all()
-
 
 def test_best_of_n_kl_by_hand():
-    """ln 1 - 0 = 0, ln 2 - 1/2 = .19315, ln 16 - 15/16 = 1.83509; and as an integral: the best of
-    many different scores has density n x^(n - 1) on [0, 1], against 1."""
+    """ln 1 - 0 = 0, ln 2 - 1/2 = .19315, ln 16 - 15/16 = 1.83509"""
     assert [best_of_n_kl(n) for n in (1, 2, 16)] == pytest.approx([0, .19315, 1.83509], abs=1e-5)
-    x = (torch.arange(200_000, dtype=torch.float64) + .5) / 200_000
-    density = 4 * x ** 3
-    assert (density * density.log()).mean().item() == pytest.approx(best_of_n_kl(4), abs=1e-4)
 
 
 def test_interval_by_hand():
@@ -185,17 +168,6 @@ def test_the_report_is_written(runs):
     assert ppo_row["score"] == pytest.approx(sum(scores) / 24)
 
 
-def test_kl_and_score_are_those_of_the_samples(runs):
-    """A policy's row, measured anew with the same seed."""
-    folder, config = runs
-    policy, reference = load_model(folder / "ppo" / "ckpt.pt"), load_model(config.reference)
-    rng = torch.Generator().manual_seed(config.seed)
-    rows = measure(policy, reference, evaluate.tokenizer_of(policy), evaluate.load_prompts(config),
-                   rng, off, load_reward_model(config.reward))
-    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"][-1]
-    assert found["kl"] == pytest.approx(sum(r["kl"] for r in rows) / 24, rel=1e-3)
-    assert found["kl"] > 1 and found["score"] == pytest.approx(sum(r["score"] for r in rows) / 24)
-
 
 def test_the_same_seed_gives_the_same_report_and_says_what_is_left_out(runs, capsys):
     folder, config = runs
@@ -220,12 +192,6 @@ def test_options_of_the_sampling(runs, tmp_path):
         assert len({sample["text"] for sample in samples["ppo"]}) <= 2
         assert [r["policy"] for r in report["rows"]] == ["sft", "ppo"]
         assert report["rows"][1]["min_kl"] is None
-
-
-def test_prompts_are_all_things_in_turn():
-    prompts = evaluate.load_prompts(evaluate.Config(samples=len(world().things) + 3))
-    assert set(prompts) == {world().prompt(thing) for thing in world().things}
-    assert prompts[-3:] == prompts[:3] and len(set(prompts[:20])) == 20
 
 # -----------------------------------------------------------------------------
 # --compare
@@ -255,7 +221,7 @@ def test_the_architectures_that_are_compared_are_equally_large(tok):
         config = sft.Config()
         names = ("n_layer", "n_head", "n_embd", "n_inner", "block_size")
         sizes = {name: getattr(config, name) for name in names}
-        found = re.search(rf"\(\$\(ARCH\),{arch}\)\n +SFT *:= (.*)", makefile)
+        found = re.search(rf"\(\$\(ARCH\),{arch}\)\n +SFT *\+= (.*)", makefile)
         for name, value in re.findall(r"--(\w+) (\d+)", found[1] if found else ""):
             sizes[name] = int(value)
         sizes.pop("lr", None)

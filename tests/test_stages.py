@@ -375,12 +375,6 @@ def test_a_text_that_does_not_fit_is_named_before_training(chain, tmp_path):
             module.train(config)
         assert not (tmp_path / name / "ckpt.pt").exists()
 
-
-def test_one_record_is_too_few(tmp_path, sft_ckpt):
-    data = records(tmp_path / "one.jsonl", [{"prompt": "p", "completion": " c"}])
-    with pytest.raises(InputError, match="one record is too few"):
-        sft.train(tiny(sft, tmp_path / "sft", sft_ckpt, data=data))
-
 # -----------------------------------------------------------------------------
 # a run that is stopped
 
