@@ -5,6 +5,7 @@ second copy of anything, and with exercises whose checks accept the solutions an
 import ast
 import re
 import runpy
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -76,10 +77,16 @@ def test_code_fits_the_screen(notebook):
             assert len(line) <= 100, line
 
 
-def test_all_find_the_repository_in_the_same_way():
+def test_all_find_the_repository_in_the_same_way(tmp_path, monkeypatch):
     first = {code_cells(nbformat.read(path, as_version=4))[0].source for path in NOTEBOOKS}
     assert len(first) == 1
-    assert "while" not in first.pop()       # a loop would not end outside the repository
+    source = first.pop()
+    monkeypatch.chdir(ROOT / "notebooks/solutions")
+    exec(source, {})
+    assert Path.cwd() == ROOT
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="open this notebook inside the wordplay folder"):
+        exec(source, {})
 
 
 def test_copies_nothing_from_the_stage_files(notebook):
