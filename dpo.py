@@ -392,6 +392,8 @@ def train(config):
     """Runs the stage. Writes config.out_dir/ckpt.pt. Raises InputError for unusable input."""
     if config.loss not in LOSSES:
         raise InputError(f"--loss is one of {', '.join(LOSSES)}, not '{config.loss}'")
+    if config.online and config.group_size < 2:
+        raise InputError("--group_size must be 2 or more: a best and a worst of them are picked")
     device, autocast = setup(config)
     # In eval mode, like the reference: dropout would add noise to every log-ratio.
     policy, reference = load_policy_and_reference(config, device)

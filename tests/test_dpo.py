@@ -61,10 +61,12 @@ def test_every_loss_by_hand(loss, options, expected, at_start):
         close(LOSSES[loss](pair, config()), torch.full((2,), float(at_start)))
 
 
-def test_all_losses_are_tested():
+def test_all_losses_are_tested_and_others_refused():
     assert {row[0] for row in BY_HAND} == set(LOSSES)
     with pytest.raises(InputError, match="--loss is one of dpo, cdpo"):
         dpo.train(config(loss="ppo"))
+    with pytest.raises(InputError, match="--group_size must be 2 or more"):
+        dpo.train(config(online="r.pt", group_size=1))
 
 
 def test_kto_by_hand_with_a_kl():
