@@ -1,14 +1,12 @@
-"""Byte-pair encoding, against hand-made merges and brute force."""
+"""Byte-pair encoding, against hand-made merges."""
 
 import base64
-
-import regex
 
 import data
 from data import SENTENCES
 from puns import world
 from real import tokenizer
-from real.tokenizer import WORDS, train_bpe
+from real.tokenizer import train_bpe
 
 BYTES = {bytes([i]): i for i in range(256)}
 
@@ -35,22 +33,6 @@ def test_a_token_that_is_made_twice_has_one_rank():
     ranks = train_bpe(["x y x y"], 259, SENTENCES, BYTES | {b"x y": 256})
     assert list(ranks)[256:] == [b"x y", b"x "]
     assert list(ranks.values()) == list(range(len(ranks)))
-
-
-def test_bpe_against_brute_force():
-    """The next merge is the most frequent pair of neighbors, counted anew over the whole text."""
-    texts = [record["completion"] for record in world().corpus(30, seed=1)]
-    words = [[bytes([byte]) for byte in word.encode()]
-             for text in texts for word in regex.findall(WORDS, text)]
-    for token in list(train_bpe(texts, 256 + 15))[256:]:
-        pairs = [pair for parts in words for pair in zip(parts, parts[1:], strict=False)]
-        best = max(set(pairs), key=lambda pair: (pairs.count(pair), pair))
-        assert token == best[0] + best[1]
-        for parts in words:
-            for i in range(len(parts) - 1):
-                if tuple(parts[i:i + 2]) == best:
-                    parts[i:i + 2] = [token, b""]       # keeps the length; removed below
-            parts[:] = [part for part in parts if part]
 
 
 def test_train_tokenizer_writes_ranks_that_data_reads(tmp_path, monkeypatch):
