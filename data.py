@@ -46,8 +46,9 @@ class Tokenizer:
     def __init__(self, name="puns", eos_token_id=None, vocab_size=None):
         """name: puns (lexicon/puns.tiktoken), gpt2 (fetched once by tiktoken), or the path of a
         tokenizer.json, which does not say its own eos_token_id and vocab_size."""
-        self.name = name
+        self.name = name                                    # what a checkpoint stores
         self.path = None            # of the file that a checkpoint must have beside it
+        # The pun world's own: a file of merges that is part of the repo.
         if name == "puns":
             content = RANKS.read_bytes()
             # tiktoken's own loader would keep a copy elsewhere, and not see the file change.
@@ -55,8 +56,9 @@ class Tokenizer:
                      for token, rank in map(bytes.split, content.splitlines())}
             self.encoding = tiktoken.Encoding("puns", pat_str=SENTENCES, mergeable_ranks=ranks,
                                               special_tokens={"<|end|>": len(ranks)})
-            self.eos_token_id = len(ranks)
+            self.eos_token_id = len(ranks)                  # one past the last merge
             self.vocab_size = self.encoding.n_vocab
+        # That of the published GPT-2, which tiktoken fetches and keeps.
         elif name == "gpt2":
             content = b"gpt2"
             try:
@@ -69,9 +71,10 @@ class Tokenizer:
         else:
             self.path = Path(name)
             self.encoding = JSONEncoding(self.path, eos_token_id)
+            # The file does not say how many ids the model knows, or which of them ends a text.
             content = self.path.read_bytes()
             self.eos_token_id, self.vocab_size = eos_token_id, vocab_size
-        self.pad_token_id = self.vocab_size
+        self.pad_token_id = self.vocab_size                 # no model can emit it
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
 
     def encode(self, text):
@@ -81,9 +84,9 @@ class Tokenizer:
     def decode(self, ids):
         """Ids to text, up to the end token, without pads."""
         ids = ids.tolist() if torch.is_tensor(ids) else ids
-        ids = [i for i in ids if i != self.pad_token_id]
+        ids = [i for i in ids if i != self.pad_token_id]    # which no encoding knows
         if self.eos_token_id in ids:
-            ids = ids[:ids.index(self.eos_token_id)]
+            ids = ids[:ids.index(self.eos_token_id)]        # what comes after it was never said
         return self.encoding.decode(ids)
 
 
@@ -102,7 +105,7 @@ class JSONEncoding:
         self.eos_token_id = eos_token_id
         self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.tokenizer.encode_special_tokens = True     # a special token's name is plain text
-        self.tokenizer.no_truncation()
+        self.tokenizer.no_truncation()  # a file may ask for it; our limit is block_size
 
     def encode_ordinary(self, text):
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -139,7 +142,7 @@ def read_records(path, fields):
     fields: of prompt, completion, chosen, rejected (texts), ranked (a list of texts, best first),
     rating (a number), and label (true or false). A record's margin and share are checked and kept.
     Raises InputError, with file and line, if a line is no such record."""
-    records = []
+    records = []                                            # in the order of the file
     for where, line in read_lines(path):
         try:
             row = json.loads(line, parse_constant=not_a_number)
@@ -155,13 +158,13 @@ def read_records(path, fields):
 
 
 def not_a_number(name):
-    raise ValueError(f"{name} is not a number")
+    raise ValueError(f"{name} is not a number")             # NaN, which Python's json accepts
 
 
 def read_lines(path):
     """Yields ("file:line", text) of each line that is not blank. Raises InputError."""
     try:
-        content = Path(path).read_bytes()
+        content = Path(path).read_bytes()                   # bytes, so that a bad one can be named
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     for n, line in enumerate(content.splitlines(), 1):
@@ -170,17 +173,18 @@ def read_lines(path):
         except UnicodeDecodeError as error:
             raise InputError(f"{path}:{n}: byte {error.start + 1} is not UTF-8; "
                              "save the file as UTF-8") from None
-        if text.strip():
+        if text.strip():                                    # blank lines are nobody's mistake
             yield f"{path}:{n}", text
 
 
 def check_record(where, row, fields):
     """The fields of a row that a stage reads. Raises InputError if it cannot be used."""
+    # Say what is there, too: most mistakes are another name for the same thing.
     if missing := [field for field in fields if field not in row]:
         raise InputError(f"{where}: '{missing[0]}' is missing, only {', '.join(row) or 'nothing'} "
                          f"is there; records of {' + '.join(fields)} are needed here, and "
                          "python -m real.corpora converts other formats")
-    record = {"where": where}
+    record = {"where": where}                               # for the messages of later checks
     for field in fields:
         value = record[field] = row[field]
         if field == "rating":
@@ -195,14 +199,18 @@ def check_record(where, row, fields):
                 check_text(where, field, text)
         else:
             check_text(where, field, value)
+    # Both are optional: a plain preference has neither.
     for field in ("margin", "share"):
         if field in row:
             check_number(where, row, field)
             record[field] = row[field]
+    # With less than a half the raters would prefer the other answer.
     if not 0.5 <= row.get("share", 1.0) <= 1:
         raise InputError(f"{where}: 'share' must be from 0.5 (a tie) to 1")
+    # A preference between two equal texts teaches nothing, and its loss can only be ln 2.
     answers = row["ranked"] if "ranked" in fields else [row.get(f) for f in fields if f != "prompt"]
     answers = [answer.strip() for answer in answers if isinstance(answer, str)]
+    # Spaces around a text do not make it another.
     if len(set(answers)) < len(answers):
         raise InputError(f"{where}: two answers are the same text, so neither is better")
     return record
@@ -237,8 +245,8 @@ def train_and_val(config, fields):
     def checksum(record):
         return zlib.crc32(repr([record[field] for field in fields]).encode())
 
-    records.sort(key=checksum)
-    held_out = min(1000, max(1, len(records) // 10))
+    records.sort(key=checksum)                              # whatever the order of the file
+    held_out = min(1000, max(1, len(records) // 10))        # a tenth, at least one
     checksums = [checksum(record) for record in records]
     while held_out < len(records) - 1 and checksums[held_out] == checksums[held_out - 1]:
         held_out += 1                       # a copy of the last record that is held out
@@ -255,23 +263,23 @@ def encode_records(records, tok, fields, block_size, reserve=0):
     record, if prompt and text (or reserve) together exceed block_size."""
     if not records:
         raise InputError("there are no records to encode")
-    encoded = {}
-    n_prompt = torch.zeros(len(records), dtype=torch.long)
+    encoded = {}                                            # {field: (N, longest)}
+    n_prompt = torch.zeros(len(records), dtype=torch.long)              # (N,) tokens of each prompt
     for field in fields:
         # Each different text is encoded once: prompts come again and again.
         texts = dict.fromkeys(record[field] for record in records)
         ids_of = {text: tok.encode(text)
                   for text in progress_bar(texts, field, len(texts), at_least=100_000)}
-        rows = [ids_of[record[field]] for record in records]
+        rows = [ids_of[record[field]] for record in records]            # N lists of ids
         if field == "prompt":
-            encoded[field] = pad_left(rows, tok.pad_token_id)
-            n_prompt = torch.tensor([len(ids) for ids in rows])
+            encoded[field] = pad_left(rows, tok.pad_token_id)           # (N, P)
+            n_prompt = torch.tensor([len(ids) for ids in rows])         # (N,)
             what = f"tokens, {reserve} of them for a response" if reserve else "tokens of prompt"
             check_room(records, n_prompt + reserve, what, block_size)
         else:
             rows = [ids + [tok.eos_token_id] for ids in rows]
-            encoded[field] = pad_right(rows, tok.pad_token_id)
-            lengths = n_prompt + torch.tensor([len(ids) for ids in rows])
+            encoded[field] = pad_right(rows, tok.pad_token_id)          # (N, R)
+            lengths = n_prompt + torch.tensor([len(ids) for ids in rows])  # (N,) of both
             check_room(records, lengths, f"tokens of prompt and {field}", block_size)
     return encoded
 
@@ -288,29 +296,29 @@ def check_room(records, lengths, what, block_size):
 
 def pad_right(rows, pad_token_id):
     """Lists of ids, each at the left of its row. -> (N, longest), int32"""
-    lengths = torch.tensor([len(ids) for ids in rows])
-    columns = torch.arange(max(lengths.max().item(), 1))
+    lengths = torch.tensor([len(ids) for ids in rows])      # (N,)
+    columns = torch.arange(max(lengths.max().item(), 1))    # (longest,), at least one
     return fill(rows, columns < lengths[:, None], pad_token_id)
 
 
 def pad_left(rows, pad_token_id):
     """Lists of ids, each at the right of its row. -> (N, longest), int32"""
     lengths = torch.tensor([len(ids) for ids in rows])
-    longest = max(lengths.max().item(), 1)
-    columns = torch.arange(longest)
+    longest = max(lengths.max().item(), 1)                  # at least one column
+    columns = torch.arange(longest)                         # (longest,)
     return fill(rows, columns >= longest - lengths[:, None], pad_token_id)
 
 
 def fill(rows, mask, pad_token_id):
     """Ids in reading order where the mask (N, longest) is True, pads elsewhere."""
-    padded = torch.full(mask.shape, pad_token_id, dtype=torch.int32)
+    padded = torch.full(mask.shape, pad_token_id, dtype=torch.int32)    # (N, longest)
     padded[mask] = torch.tensor([i for ids in rows for i in ids], dtype=torch.int32)
     return padded
 
 
 def trim(ids, pad_token_id, side):
     """Drops the columns on that side that are pads in every row. (B, longest) -> (B, width)"""
-    width = (ids != pad_token_id).sum(dim=1).max().item()
+    width = (ids != pad_token_id).sum(dim=1).max().item()   # of the longest row
     return cut(ids, width, side)
 
 
@@ -345,14 +353,14 @@ class Batches:
         # So that a saved state is not continued with other records.
         self.checksum = 0
         for values in encoded.values():
-            self.checksum = zlib.crc32(values.contiguous().numpy(), self.checksum)
+            self.checksum = zlib.crc32(values.contiguous().numpy(), self.checksum)  # of all of them
         self.n_tokens = 0                               # in all batches that next() has dealt
         self.step_size = batch_size * world_size()      # records of all processes at one step
         self.n_batches = len(self.lengths) // self.step_size    # an epoch; the rest waits
         if self.n_batches == 0:
             raise InputError(f"a batch of {self.step_size} needs as many records, but the data "
                              f"has {len(self.lengths)}: lower --batch_size")
-        self.epoch, self.position = -1, self.n_batches
+        self.epoch, self.position = -1, self.n_batches      # next() starts epoch 0
 
     def __len__(self):
         return len(self.lengths)
@@ -363,9 +371,9 @@ class Batches:
         # Within a pool the shortest come first, so that a batch holds texts of about one length.
         pools = [pool[self.lengths[pool].argsort(stable=True)]
                  for pool in rows.split(32 * self.step_size)]
-        batches = torch.cat(pools).view(self.n_batches, self.step_size)
+        batches = torch.cat(pools).view(self.n_batches, self.step_size)  # rows of each batch
         # Shuffled again: else every pool would start with its shortest texts.
-        order = torch.randperm(self.n_batches, generator=rng)
+        order = torch.randperm(self.n_batches, generator=rng)           # (n_batches,)
         self.epoch, self.order = epoch, batches[order]          # (n_batches, step_size)
 
     def next(self):
@@ -380,12 +388,12 @@ class Batches:
 
     def take(self, rows):
         """The records of these rows, as a batch on the device."""
-        where = rows.to(self.device)
+        where = rows.to(self.device)                        # (B,)
         batch = {}
         for field, values in self.on_device.items():
             values = values[where]                                      # (B, longest) or (B,)
             if values.dim() == 2:
-                width = self.lengths_of[field][rows].max().item()
+                width = self.lengths_of[field][rows].max().item()       # of the longest text
                 if self.few_shapes:
                     width = 2 ** math.ceil(math.log2(max(width, 1)))
                 # Prompts are padded on the left, so their right end is kept.
@@ -400,11 +408,11 @@ class Batches:
             yield self.take(rows)
 
     def state_dict(self):
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.position}         # the seed does the rest
 
     def load_state_dict(self, state):
         if state["epoch"] >= 0:
-            self.shuffle(state["epoch"])
+            self.shuffle(state["epoch"])                    # gives the same order again
         self.position = state["position"]
 
 
@@ -434,14 +442,15 @@ def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=25
 
     A response has at most max_new_tokens, or the room that its own prompt leaves. sampling:
     temperature, top_k, top_p. Raises InputError if a prompt leaves no room."""
-    was_training = model.training
-    model.eval()
+    was_training = model.training                           # restored at the end
+    model.eval()                                            # no dropout
     block_size, device = model.config.block_size, next(model.parameters()).device
-    records = [{"prompt": prompt} for prompt in prompts]
+    records = [{"prompt": prompt} for prompt in prompts]    # without a file to name
     encoded = encode_records(records, tok, ["prompt"], block_size, reserve=1)["prompt"]
     for batch in encoded.split(batch_size):
         room = block_size - trim(batch, tok.pad_token_id, "left").size(1)
         # A long prompt must not shorten the others' responses: then each is answered by itself.
+        # A batch of one has no pads, so that its own prompt is all that takes room.
         for rows in batch.split(1) if room < max_new_tokens else [batch]:
             prompt = trim(rows, tok.pad_token_id, "left").to(device)        # (B, P)
             n_new = min(max_new_tokens, block_size - prompt.size(1))
@@ -453,7 +462,7 @@ def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=25
 
 def complete(model, tok, prompts, rng, autocast, **sampling):
     """Samples a completion of each prompt: strings in, strings out."""
-    completions = []
+    completions = []                                        # in the order of the prompts
     for _, response in respond(model, tok, prompts, rng, autocast, **sampling):
         completions += [tok.decode(row) for row in response.cpu()]
     return completions
@@ -465,13 +474,14 @@ def describe(tok, prompt, response, kl=None, score=None):
     rows = []
     for i, (p, r) in enumerate(zip(prompt.cpu(), response.cpu(), strict=True)):
         row = {"prompt": tok.decode(p), "text": tok.decode(r)}
-        row["length"] = (r != tok.pad_token_id).sum().item()
+        row["length"] = (r != tok.pad_token_id).sum().item()  # in tokens, the end token included
         if kl is not None:
             row["kl"] = kl[i].item()
         if score is not None:
             row["score"] = score[i].item()
+        # The judge knows the prompts of its own world alone.
         if row["prompt"] in world().by_prompt:
-            verdict = world().judge(row["prompt"], row["text"])
+            verdict = world().judge(row["prompt"], row["text"])         # exact: it parses the text
             row["pun"] = verdict.on_topic and verdict.pun       # a pun on the wrong topic fails
             row["on_topic"] = verdict.on_topic
             row["fluent"] = verdict.fluent
@@ -487,15 +497,15 @@ def means(rows):
     result = {}
     for name in columns:
         if name not in ("prompt", "text"):
-            values = [row[name] for row in rows if name in row]
+            values = [row[name] for row in rows if name in row]         # a column may be partial
             result[name] = sum(values) / len(values)
-    result["distinct"] = len({row["text"] for row in rows}) / len(rows)
+    result["distinct"] = len({row["text"] for row in rows}) / len(rows)  # 1: none twice
     return result
 
 
 def format_samples(rows, n=3):
     """n lines for the screen: puns first, if there are any, then whatever comes first."""
-    lines = []
+    lines = []                                              # "pun | prompt and text  score  kl"
     for row in sorted(rows, key=lambda row: not row.get("pun", False))[:n]:
         numbers = [f"  {name} {row[name]:+.2f}" for name in ("score", "kl") if name in row]
         text = f"{row['prompt']}{row['text']}".replace("\n", "⏎")
@@ -521,9 +531,9 @@ def measure(policy, reference, tok, prompts, rng, autocast, reward_model=None, t
     rows = []
     batches = respond(policy, tok, prompts, rng, autocast, temperature=temperature, top_k=top_k,
                       top_p=top_p)
-    n_batches = -(-len(prompts) // 256)
+    n_batches = -(-len(prompts) // 256)                     # rounded up
     for prompt, response in progress_bar(batches, "samples", n_batches, at_least=8):
-        kl = score = None
+        kl = score = None                                   # unknown, unless there is a model
         with autocast():
             if reference is not None:
                 logp = logprobs(policy, prompt, response, temperature, top_k, top_p)

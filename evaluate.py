@@ -64,7 +64,7 @@ def min_kl(p, p0):
     where those of pi_0 are with p0: the data-processing inequality. NaN unless 0 < p0 < 1."""
     if not 0 < p0 < 1:
         return math.nan
-    kl = 0.0
+    kl = 0.0                                                # nats
     for a, b in ((p, p0), (1 - p, 1 - p0)):
         if a > 0:                                   # a ln(a / b) goes to 0 with a
             kl += a * math.log(a / b)
@@ -79,7 +79,7 @@ def best_of_n_kl(n):
 
 def interval(values):
     """Half the width of the 95 % interval of the mean: 1.96 standard errors."""
-    n, mean = len(values), sum(values) / len(values)
+    n, mean = len(values), sum(values) / len(values)        # rows, and their mean
     variance = sum((x - mean) ** 2 for x in values) / max(n - 1, 1)     # unbiased
     return 1.96 * math.sqrt(variance / n)
 
@@ -95,16 +95,17 @@ def self_bleu(texts, max_n=4, size=300, seed=0):
 
     BLEU is the geometric mean of the clipped precisions of 1- to max_n-grams; 0.1 is added to a
     count of zero. No brevity penalty: among so many references, one has about the right length."""
+    # Every text is compared with all others, so a sample keeps the time bounded.
     picked = random.Random(seed).sample(texts, min(size, len(texts)))
     word_lists = [text.split() for text in picked]
-    log_bleu = [0.0] * len(word_lists)
+    log_bleu = [0.0] * len(word_lists)  # log of the geometric mean, of each text
     for n in range(1, max_n + 1):
-        counts = [ngrams(words, n) for words in word_lists]
-        largest = two_largest_counts(counts)
+        counts = [ngrams(words, n) for words in word_lists]             # of each text
+        largest = two_largest_counts(counts)                # over all texts
         for i, count in enumerate(counts):
             hits = 0
             for gram, k in count.items():
-                owner, first, second = largest[gram]
+                owner, first, second = largest[gram]        # who has it most often, and how often
                 in_other_texts = second if owner == i else first
                 hits += min(k, in_other_texts)  # clipped: a repeated word counts as often as there
             precision = max(hits, 0.1) / max(sum(count.values()), 1)
@@ -134,21 +135,23 @@ def summarize(name, rows, p0):
     def column(key):
         return [row.get(key, math.nan) for row in rows]
 
-    texts = [row["text"] for row in rows]
+    texts = [row["text"] for row in rows]                   # the completions alone
     result = {}
     for key in ("pun", "on_topic", "fluent", "kl", "score", "length"):
         result[key] = sum(column(key)) / len(rows)
     for key in ("pun", "kl", "score"):
-        result[f"{key}_ci"] = interval(column(key))
-    result["min_kl"] = min_kl(result["pun"], p0)
+        result[f"{key}_ci"] = interval(column(key))         # half the width, at 95 %
+    result["min_kl"] = min_kl(result["pun"], p0)            # NaN without a judge
     result["distinct"] = len(set(texts)) / len(texts)                   # 1: no two are the same
     result["self_bleu"] = self_bleu(texts)
+    # Without a judge or a reward model a column is unknown, which is not the same as 0.
     known = {key: None if math.isnan(value) else value for key, value in result.items()}
     return {"policy": name} | known                     # NaN is not JSON
 
 
 def best_of(groups, n):
     """The completion with the best score among the first n of each group. Its kl is a bound."""
+    # The proxy picks; the judge's columns then say what that is worth.
     best = [max(group[:n], key=lambda row: row["score"]) for group in groups]
     return [row | {"kl": best_of_n_kl(n)} for row in best]
 
@@ -164,11 +167,12 @@ def find_policies(config, reference):
     """The folders in out_dir that hold a policy to compare with the reference.
 
     Prints which others were left out, and why."""
-    folders = []
+    folders = []                                            # of the policies
     for path in sorted(Path(config.out_dir).glob("*/ckpt.pt")):
+        # The reference has its own row, the first.
         if path.resolve() == Path(config.reference).resolve():
             continue
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path)                  # says what it is
         if checkpoint["kind"] != LANGUAGE_MODEL:
             print(f"{path}: left out, a {checkpoint['kind']} is no policy")
         elif checkpoint["tokenizer_fingerprint"] != reference.tokenizer_fingerprint:
@@ -195,9 +199,10 @@ def evaluate(config):
     device, autocast = setup(config)
     reference = load_model(config.reference, device)
     reward_model = load_reward_model(config.reward, device)
-    tok, prompts = tokenizer_of(reference), load_prompts(config)
+    tok, prompts = tokenizer_of(reference), load_prompts(config)        # every policy gets these
     folders = find_policies(config, reference)
 
+    # The same prompts and the same seed for every policy: what differs is the policy.
     def draw(model, prompts):
         return measure(model, reference, tok, prompts, make_rng(device, config.seed), autocast,
                        reward_model, config.temperature, config.top_k, config.top_p)
@@ -210,11 +215,11 @@ def evaluate(config):
     p0 = sum(row.get("pun", math.nan) for row in drawn) / len(drawn)
     is_filtered = config.top_k > 0 or config.top_p < 1 or config.temperature == 0
     bound_p0 = math.nan if is_filtered else p0          # kl is measured to the unfiltered policy
-    rows, samples, curves = [], {}, {}
+    rows, samples, curves = [], {}, {}                      # of the table, the page, the figure
 
     def add(name, completions):
-        rows.append(summarize(name, completions, bound_p0))
-        samples[name] = completions
+        rows.append(summarize(name, completions, bound_p0))             # a row of the table
+        samples[name] = completions                         # kept whole, for report_samples.jsonl
         print(format_row(rows[-1]), flush=True)
 
     print(HEADER)
@@ -227,8 +232,10 @@ def evaluate(config):
 
     # -- every other policy
     for folder in folders:
+        # One policy is in memory at a time.
         add(folder.name, draw(load_model(folder / "ckpt.pt", device), prompts))
-        curves[folder.name] = training_curve(folder / "metrics.jsonl")
+        if config.temperature == 1 and not is_filtered:     # as in training, or kl is another
+            curves[folder.name] = training_curve(folder / "metrics.jsonl")
     return {"p0": None if math.isnan(p0) else p0, "rows": rows, "curves": curves}, samples
 
 # -----------------------------------------------------------------------------
@@ -244,12 +251,12 @@ COLUMNS = {"pun %": ("pun", 100, ".1f", True), "on topic %": ("on_topic", 100, "
 
 def format_cells(row):
     """The cells of a row of the table; - where a number is unknown, as without a judge."""
-    cells = [row["policy"]]
+    cells = [row["policy"]]                                 # the first column
     for key, scale, form, has_interval in COLUMNS.values():
         if row[key] is None:
             cells.append("-")
         elif has_interval:
-            half_width = scale * row[f"{key}_ci"]
+            half_width = scale * row[f"{key}_ci"]           # of the interval
             cells.append(f"{scale * row[key]:{form}} ± {half_width:{form.lstrip('+')}}")
         else:
             cells.append(f"{scale * row[key]:{form}}")
@@ -281,7 +288,7 @@ def markdown(report, samples):
     for name, rows in samples.items():
         lines += [f"**{name}**", ""]
         for row in rows[:10]:
-            mark = "*" if row.get("pun") else " "
+            mark = "*" if row.get("pun") else " "           # the judge's verdict
             lines.append(f"- {mark} {row['prompt']}{row['text']}")
         lines.append("")
     return "\n".join(lines) + "\n"
@@ -290,7 +297,8 @@ def markdown(report, samples):
 def draw_report(report, path):
     """Gold (pun rate) and proxy (score) against KL, for every policy and along its training."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")    # pyplot would change the backend
-    gold_axis, proxy_axis = figure.subplots(1, 2)
+    gold_axis, proxy_axis = figure.subplots(1, 2)           # side by side
+    # No policy can be above this line: with this KL it is the highest pun rate.
     if report["p0"]:
         rates = [p / 200 for p in range(round(200 * report["p0"]), 200)]    # from p0 to 1
         gold_axis.plot([min_kl(p, report["p0"]) for p in rates], [100 * p for p in rates], "--",
@@ -311,11 +319,11 @@ def draw_policies(axis, report, column, scale):
     line = [row for row in [policies[0], *best] if row[column] is not None]
     axis.plot([row["kl"] for row in line], [scale * row[column] for row in line], marker="s",
               markersize=4, color="gray", label="best of n")
-    largest = max([1.0] + [row["kl"] for row in report["rows"]])
+    largest = max([1.0] + [row["kl"] for row in report["rows"]])        # nats, for the axis
     for i, row in enumerate(policies):
         color = "black" if i == 0 else f"C{i - 1}"                      # the SFT policy is black
-        curve = report["curves"].get(row["policy"], [])
-        curve = [point for point in curve if column in point]
+        curve = report["curves"].get(row["policy"], [])     # of metrics.jsonl
+        curve = [point for point in curve if column in point]           # not every log has a score
         axis.plot([point["kl"] for point in curve], [scale * point[column] for point in curve],
                   ".", markersize=3, alpha=0.4, color=color)
         largest = max([largest] + [point["kl"] for point in curve])
@@ -323,7 +331,7 @@ def draw_policies(axis, report, column, scale):
             axis.plot(row["kl"], scale * row[column], "o", markersize=8, color=color,
                       label=row["policy"])
     axis.set_xlabel("KL to the SFT policy, nats a response")
-    axis.set_xlim(-0.05 * largest, 1.05 * largest)
+    axis.set_xlim(-0.05 * largest, 1.05 * largest)          # the dots at 0 stay whole
     axis.grid(alpha=0.25)
 
 # -----------------------------------------------------------------------------
@@ -332,17 +340,17 @@ def draw_policies(axis, report, column, scale):
 def compare(folder):
     """The reports of folder/<arch>-<seed>/, as one Markdown table: mean (smallest to largest) over
     the seeds. Raises InputError if there is none."""
-    rows, parameters = collections.defaultdict(list), {}
+    rows, parameters = collections.defaultdict(list), {}    # {(arch, policy): its rows}, {arch: n}
     for path in sorted(folder.glob("*-*/report.json")):
         arch = path.parent.name.rpartition("-")[0]                      # <arch>-<seed>
         weights = read_checkpoint(path.parent / "sft" / "ckpt.pt")["model"].values()
-        parameters[arch] = sum(weight.numel() for weight in weights)
+        parameters[arch] = sum(weight.numel() for weight in weights)    # of the language model
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             rows[arch, row["policy"]].append(row)
     if not rows:
         raise InputError(f"{folder} holds no <arch>-<seed>/report.json; run: make compare")
     lines = []
-    for (arch, policy), same in rows.items():
+    for (arch, policy), same in rows.items():               # the same policy with other seeds
         cells = [f"{arch}, {parameters[arch] / 1e6:.2f} M", policy, str(len(same))]
         for key, scale, form, _ in COLUMNS.values():
             cells.append(format_range([row[key] for row in same], scale, form))
@@ -381,6 +389,7 @@ def main(config):
             print(f"  {verdict_of(row):>3} | {row['prompt']}{row['text']}")
     write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
     write_text(folder / "report.md", markdown(report, samples))
+    # The report can be recomputed from the samples, and read beyond the first ten.
     all_samples = [{"policy": name} | row for name, rows in samples.items() for row in rows]
     write_jsonl(folder / "report_samples.jsonl", all_samples)
     draw_report(report, folder / "report.png")

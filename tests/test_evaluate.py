@@ -191,7 +191,7 @@ def test_options_of_the_sampling(runs, tmp_path):
         assert {sample["prompt"] for sample in samples["ppo"]} == {"About a banker:", "Hi"}
         assert len({sample["text"] for sample in samples["ppo"]}) <= 2
         assert [r["policy"] for r in report["rows"]] == ["sft", "ppo"]
-        assert report["rows"][1]["min_kl"] is None
+        assert report["rows"][1]["min_kl"] is None and report["curves"] == {}
 
 # -----------------------------------------------------------------------------
 # --compare
