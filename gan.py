@@ -215,8 +215,8 @@ def load_opponent(config, policy, device):
 def train(config):
     """Runs the stage. Writes G to config.out_dir/ckpt.pt and D to discriminator.pt beside it.
     Raises InputError for unusable input."""
-    check_config(config)
     device, autocast = setup(config)
+    check_config(config)
     policy = load_model(config.init, device)
     reference = load_model(config.init, device).requires_grad_(False)
     tok, rng = tokenizer_of(policy), make_rng(device, config.seed)

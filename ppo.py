@@ -34,16 +34,7 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import (
-    InputError,
-    Run,
-    TrainOptions,
-    agreed,
-    check_options,
-    command_line,
-    make_rng,
-    setup,
-)
+from common import InputError, Run, TrainOptions, agreed, command_line, make_rng, setup
 from data import describe, format_samples, load_prompts, means, prompt_batches, tokenizer_of
 from lora import load_policy_and_reference, load_reward_adapter, save_trained
 from model import load_reward_model, logprobs, logprobs_from_logits
@@ -320,7 +311,6 @@ def update(policy, value_head, optimizer, rollout, advantages, returns, config, 
 
 def check_config(config):
     """Raises InputError for options that contradict each other."""
-    check_options(config)
     if config.temperature == 0:
         raise InputError("--temperature 0 always writes the same response, and nothing is learned "
                          "from one: it must be greater than 0")
@@ -376,8 +366,8 @@ def train(config, reward_fn=None):
 
     reward_fn(prompts, texts) -> floats takes the place of the reward model, if given: your own
     reward in one function."""
-    check_config(config)
     device, autocast = setup(config)
+    check_config(config)
     # In eval mode, like the reference: dropout would move the ratio before any update does.
     policy, reference = load_policy_and_reference(config, device)
     tok = tokenizer_of(policy)
