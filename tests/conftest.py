@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import http.server
+import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -153,6 +155,16 @@ def check_pun_world_pairs(load):
             if is_pun:
                 seen.add((parse.thing.name, parse.phrase.text))
     assert puns[0] and puns[1] and not puns[0] & puns[1]
+
+
+def make(*arguments, path=""):
+    """(the lines that make would run, what it says on stderr), without running them."""
+    # make test is a make, too: what it tells its children does not concern this one.
+    env = {name: value for name, value in os.environ.items()
+           if not name.startswith("MAKE") and name not in ("MFLAGS", "R", "SIZE", "ARCH", "SEED")}
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, text=True, capture_output=True,
+                          env=env | {"PATH": f"{path}:{env['PATH']}"})
+    return done.stdout.replace("\\\n", " ").splitlines(), done.stderr
 
 
 @contextlib.contextmanager

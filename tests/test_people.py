@@ -4,14 +4,12 @@ import importlib
 import json
 import re
 import shlex
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
-from conftest import close, off
+from conftest import close, make, off
 
 from common import read_jsonl, write_jsonl
 from model import RewardModel, load_model
@@ -157,12 +155,11 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
     """All lines of real/Makefile, from published weights to the report, on toy puns."""
     monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=toy_puns()))
     pretrained.export(sft_ckpt, str(tmp_path / "init"))
-    folder, root = tmp_path / "real", Path(people.__file__).parents[1]
-    lines = subprocess.run(
-        ["make", "-n", "-f", "real/Makefile", f"R={folder}", f"INIT={tmp_path / 'init'}",
-         f"SEMEVAL={tmp_path}", f"EXPUN={tmp_path}", "-o", ".venv/ready", "-o",
-         ".venv/ready-real", "real"], cwd=root, capture_output=True, text=True, check=True).stdout
-    *lines, report_line = lines.replace("\\\n", " ").splitlines()
+    folder = tmp_path / "real"
+    (*lines, report_line), errors = make(
+        "-f", "real/Makefile", f"R={folder}", f"INIT={tmp_path / 'init'}", f"SEMEVAL={tmp_path}",
+        f"EXPUN={tmp_path}", "-o", ".venv/ready", "-o", ".venv/ready-real", "real")
+    assert not errors
     assert len(lines) == 11
     for line in lines:
         run_line(line)

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import CPU, ROOT, RUN_FILES, pairs, records, tiny, without_times
+from conftest import CPU, ROOT, RUN_FILES, make, pairs, records, tiny, without_times
 
 import common
 import discriminator
@@ -173,17 +173,10 @@ def test_an_option_means_the_same_everywhere():
 # -----------------------------------------------------------------------------
 # the Makefile
 
-def make(*arguments, path=""):
-    """The lines that make would run, without running them."""
-    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "R")}
-    done = subprocess.run(["make", "-n", "-B", "PY=python", *arguments], cwd=ROOT, text=True,
-                          capture_output=True, env=env | {"PATH": f"{path}:{env['PATH']}"})
-    return done.stdout.replace("\\\n", " ").splitlines(), done.stderr
-
-
 def configs_of(*arguments):
     """{stage and out_dir: its Config} of all stages that make would run."""
-    lines = [shlex.split(line) for line in make("all", "gans", "R=runs/x", *arguments)[0]]
+    lines, _ = make("-B", "PY=python", "all", "gans", "R=runs/x", *arguments)
+    lines = [shlex.split(line) for line in lines]
     configs = [tyro.cli(STAGES[words[1].removesuffix(".py")].Config, args=words[2:])
                for words in lines if words[0] == "python" and words[1].endswith(".py")]
     assert len(configs) == 10                   # seven of make, and three of make gans
