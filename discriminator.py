@@ -209,6 +209,7 @@ def train(config):
     discriminator = Discriminator(load_model(config.init), config.lstm, config.reads).to(device)
 
     # -- the same prompts for reals and fakes
+    # Else D could tell them apart by what they are about.
     reals = load_reals(config)
     n_val = min(1000, len(reals) // 5)
     if config.val_data:
@@ -229,6 +230,7 @@ def train(config):
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
 
     discriminator.train()
+    # AdamW, as for the reward model: the trunk has learned the language, and moves little.
     optimizer = adamw(discriminator, config.lr, config.weight_decay)
     run = Run("discriminator", config)
     for step in run.steps(config.eval_interval, discriminator=discriminator, optimizer=optimizer,
@@ -244,6 +246,7 @@ def train(config):
         if step % config.log_interval == 0 or is_last:
             run.log(loss=loss.item(), grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
+            # At 1.0 a generator would get no signal from it, at .5 it has learned nothing.
             run.log(**evaluate(discriminator, generator, val, autocast))
 
     save_discriminator(run.folder / "ckpt.pt", discriminator, tok, stage="discriminator")

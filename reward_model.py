@@ -95,6 +95,7 @@ def score_all(reward_model, batch, fields):
     width = max(batch[field].size(1) for field in fields)
     responses = [F.pad(batch[field], (0, width - batch[field].size(1)), value=pad)
                  for field in fields]
+    # All first texts, then all second ones: view() below takes them apart again.
     responses = torch.cat(responses)                                    # (K * B, width)
     prompts = batch["prompt"].repeat(len(fields), 1)                    # (K * B, P)
     return reward_model(prompts, responses).view(len(fields), -1).T     # (B, K)
@@ -145,7 +146,7 @@ def pair_metrics(scores):
 
 def spearman(x, y):
     """Rank correlation of x and y (N,); equal numbers share their mean rank. 0 if all are equal."""
-    # Pearson's correlation of the ranks.
+    # Pearson's correlation of the ranks. Only their order counts, since scores have no scale.
     ranks = [mean_ranks(x), mean_ranks(y)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num().item()     # NaN if constant
 
@@ -168,8 +169,8 @@ def chance_warning(metrics, n):
     if metrics[name] > coin + 1.96 * error:                 # the 95 % interval of a coin
         return ""
     return (f"warning: {name} {metrics[name]:.2f} on {n} held-out records is no better than "
-            f"chance, {coin:.2f} ± {1.96 * error:.2f}: a policy would learn noise from this reward "
-            "model. It needs more records, or ones on which people agree.")
+            f"chance, {coin:.2f} ± {1.96 * error:.2f}: a policy would learn noise from this "
+            "reward model. It needs more records, or ones on which people agree.")
 
 # -----------------------------------------------------------------------------
 # data
@@ -237,6 +238,7 @@ def train(config):
     val_encoded = encode_comparisons(val_records, tok, fields, block_size)
     batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed,
                       few_shapes=config.compile)
+    # Of the held-out records a batch of one would do: in_order() has a size of its own.
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
     n_parameters = sum(p.numel() for p in reward_model.parameters())
     print(f"reward_model: {n_parameters / 1e6:.2f} M parameters, {len(records)} records of "
@@ -259,6 +261,7 @@ def train(config):
         if config.loss == "regression":
             loss = regression_loss(scores[:, 0], batch["rating"])
         else:
+            # A record without a margin asks for no lead, and one without a share is certain.
             margin = config.margin * batch.get("margin", 0.0)
             loss = ranking_loss(scores, margin, config.centering, batch.get("share", 1.0))
         grad_norm = optimizer_step(loss, reward_model, optimizer, config.grad_clip)

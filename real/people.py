@@ -43,11 +43,12 @@ from common import (
 )
 from data import complete, measure, tokenizer_of
 from evaluate import best_of, interval, markdown_table, self_bleu, write_text
-from model import LANGUAGE_MODEL, load_model, load_reward_model, read_checkpoint
+from model import load_model, load_reward_model
 from real.corpora import load
 from real.duplicates import group_records, words_of
 from real.semeval import PROMPT, depun, detection_pairs, rated_pairs, word_prompt
 from reward_model import score_texts
+from sample import find_policies
 
 WORDS = Path(__file__).with_name("words.txt")
 
@@ -92,11 +93,15 @@ def parts_of(puns, seed):
     return parts
 
 
+def inoffensive(puns):
+    """The texts that at most one rater found offensive: no stage learns from the others."""
+    return [pun for pun in puns if pun.n_offensive < 2]
+
+
 def completions(puns):
-    """What a policy learns: puns that at most one rater found offensive, each asked for by its pun
-    word."""
+    """What a policy learns: each inoffensive pun, asked for by its pun word."""
     return [{"prompt": word_prompt(pun.pun_word), "completion": " " + pun.text}
-            for pun in puns if pun.is_pun and pun.n_offensive < 2]
+            for pun in inoffensive(puns) if pun.is_pun]
 
 
 def everyday_words(puns):
@@ -144,6 +149,7 @@ def comparisons(puns, samples, n, seed):
                 finds at once what a model writes and no person does
 
     samples: {prompt: a completion}. If a source has too few, all of it is taken."""
+    puns = inoffensive(puns)
     pairs = {source: [] for source in SOURCES}
     for a, b, margin, share in rated_pairs(puns, 0.4):
         pairs["rated"].append((PROMPT, a.text, b.text, margin, max(share, 0.5)))
@@ -214,10 +220,11 @@ def measure_judge(reward_model, puns, pairs, autocast):
     for source, name in (("minimal", "pun over minimal pair"), ("sampled", "pun over a sample")):
         of_source = [pair for pair in pairs if pair["source"] == source]
         prompts = [pair["prompt"] for pair in of_source]
-        chosen, rejected = (score_texts(reward_model, tok, prompts,
-                                        [pair[field] for pair in of_source], autocast)
-                            for field in ("chosen", "rejected"))
-        row[name] = (chosen > rejected).float().mean().item()
+        chosen = [pair["chosen"] for pair in of_source]
+        rejected = [pair["rejected"] for pair in of_source]
+        gap = (score_texts(reward_model, tok, prompts, chosen, autocast)
+               - score_texts(reward_model, tok, prompts, rejected, autocast))           # (pairs,)
+        row[name] = (gap > 0).float().mean().item()
     return row
 
 # -----------------------------------------------------------------------------
@@ -291,32 +298,25 @@ def describe_policy(rows, baseline, overlap):
             "words": mean(len(text.split()) for text in texts)}
 
 
-def find_policies(folder):
-    """The checkpoints of the language models in a folder of runs, the SFT model first."""
-    paths = [path for path in sorted(folder.glob("*/ckpt.pt"))
-             if path.parent.name not in ("pretrained", "sft")]
-    paths = [path for path in paths if read_checkpoint(path)["kind"] == LANGUAGE_MODEL]
-    return [folder / "sft" / "ckpt.pt", *paths]
-
-
 def evaluate_policies(config, judges, overlap, autocast):
     """({prompts: {policy: a row of the table}}, all samples)"""
     folder = Path(config.out_dir)
-    sft, *others = find_policies(folder)
+    policies = [path for path in find_policies(folder) if path.parent.name != "pretrained"]
+    sft = policies[0]
     tables, samples = {}, []
+
+    def draw(path, prompts, n, seed):
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        return draw_samples(path, repeated, judges, replace(config, seed=seed), autocast)
+
     for name in ("unseen", "trained"):
         prompts = [row["prompt"] for row in read_jsonl(folder / "data" / f"{name}_prompts.jsonl")]
-
-        def draw(path, n, seed, prompts=prompts):
-            repeated = [prompt for prompt in prompts for _ in range(n)]
-            return draw_samples(path, repeated, judges, replace(config, seed=seed), autocast)
-
         # What all policies are compared with; the row "sft" is another draw.
-        baseline = draw(sft, config.samples, config.seed + 1)
-        many = draw(sft, config.best_of, config.seed + 2)
+        baseline = draw(sft, prompts, config.samples, config.seed + 1)
+        many = draw(sft, prompts, config.best_of, config.seed + 2)
         groups = [many[i:i + config.best_of] for i in range(0, len(many), config.best_of)]
-        drawn = {path.parent.name: draw(path, config.samples, config.seed)
-                 for path in [sft, *others]}
+        drawn = {path.parent.name: draw(path, prompts, config.samples, config.seed)
+                 for path in policies}
         tables[name] = {policy: describe_policy(rows, baseline, overlap)
                         for policy, rows in drawn.items()}
         drawn["best"] = best_of(groups, config.best_of)

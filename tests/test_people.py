@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tyro
-from conftest import close, make, off
+from conftest import CPU, close, make, off
 
 from common import read_jsonl, write_jsonl
+from data import tokenizer
 from model import RewardModel, load_model
 from real import people, pretrained
 from real.duplicates import group_records
 from real.semeval import PROMPT, Pun
+from reward_model import score_texts
 
 RATERS = (0, 1, 3, 4, 10)
 
@@ -82,6 +84,8 @@ def test_comparisons_by_hand():
             Pun("b", "No pun today.", "heterographic", False, ratings=(1, 4), **full),
             Pun("c", "Nor one here.", "heterographic", False)]
     prompt = 'A pun with the word "knead":'
+    # The raters of this one agree that it is offensive: nobody learns from it.
+    puns.append(puns[0]._replace(id="d", text="You knead it.", ratings=(5, 5), n_offensive=2))
     records = people.comparisons(puns, {prompt: " I knead you. "}, 1000, 0)
     found = {(r["source"], r["prompt"], r["chosen"], r["rejected"], r["margin"], r["share"])
              for r in records}
@@ -97,6 +101,23 @@ def test_comparisons_by_hand():
 def test_auc_by_hand():
     """Of six pairs, 3 beats both, 1 ties one and loses one, 0 loses both."""
     assert people.auc(torch.tensor([3.0, 1, 0]), torch.tensor([1.0, 2])) == pytest.approx(2.5 / 6)
+
+
+def test_a_judge_is_measured_by_hand(monkeypatch):
+    """A judge that likes long texts: right on one of three pairs of ratings, wrong on a sample."""
+    monkeypatch.setattr(people, "tokenizer_of", lambda model: None)
+    monkeypatch.setattr(people, "score_texts", lambda judge, tok, prompts, texts, autocast:
+                        torch.tensor([float(len(text)) for text in texts]))
+    full = dict(part="full", raters=(0, 1))
+    puns = [Pun("a", "Six or so.", "homographic", True, ratings=(4, 4), **full),
+            Pun("b", "Two.", "homographic", True, ratings=(3, 3), **full),
+            Pun("c", "No pun at all.", "homographic", False, ratings=(0, 0), **full)]
+    pairs = [{"source": "minimal", "prompt": "", "chosen": "longer", "rejected": "short"},
+             {"source": "sampled", "prompt": "", "chosen": "short", "rejected": "longer"}]
+    row = people.measure_judge(SimpleNamespace(model=None), puns, pairs, off)
+    assert row["pun or not, AUC"] == 0                              # c is the longest
+    assert row["raters, margin 0.4"] == pytest.approx(1 / 3)        # a b, but not a c and b c
+    assert row["pun over minimal pair"] == 1 and row["pun over a sample"] == 0
 
 
 def test_overlap_by_hand():
@@ -163,6 +184,14 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
     assert len(lines) == 11
     for line in lines:
         run_line(line)
+    # The judge has not seen what the policies' reward model has, and starts from elsewhere.
+    read = {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+            for name in ("reward_model", "gold", "ppo", "ppo_weak_kl")}
+    assert read["reward_model"]["data"] == str(folder / "data" / "pairs_train.jsonl")
+    assert read["gold"]["data"] == str(folder / "data" / "pairs_gold.jsonl")
+    assert read["gold"]["init"] == str(folder / "pretrained" / "ckpt.pt")
+    assert read["ppo"]["reward"] == str(folder / "reward_model" / "ckpt.pt")
+    assert read["ppo_weak_kl"]["kl_coef"] < read["ppo"]["kl_coef"]
 
     data = folder / "data"
     texts = {part: {r["completion"].strip() for r in read_jsonl(data / f"{part}.jsonl")}
@@ -186,10 +215,25 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
         assert list(rows) == ["sft", "dpo", "gan", "ppo", "ppo_weak_kl", "best of 2"]
         assert rows["sft"]["kl"] == 0
         assert rows["best of 2"]["proxy"] > rows["sft"]["proxy"]
+    # The SFT model is compared with another draw of itself, so it wins some and loses some.
+    assert report["policies"]["unseen"]["sft"]["win rate ±"] > 0
     assert "not picked" in (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "report.png").stat().st_size > 1000
     samples = read_jsonl(folder / "report_samples.jsonl")
     assert len(samples) == 5 * (5 * 2 + 1)          # four unseen words and one trained word
+
+
+def test_each_judge_has_a_column_of_its_own(sft_ckpt):
+    """score is the proxy's, gold the judge's, and kl is measured to the SFT model."""
+    proxy, gold = (RewardModel(load_model(sft_ckpt)).eval() for _ in range(2))
+    prompts = [people.word_prompt("sole")] * 3
+    rows = people.draw_samples(sft_ckpt, prompts, (load_model(sft_ckpt), proxy, gold),
+                               people.Config(**CPU), off)
+    texts, tok = [row["text"] for row in rows], tokenizer("puns")
+    for column, judge in (("score", proxy), ("gold", gold)):
+        scores = score_texts(judge, tok, prompts, texts, off)
+        close(torch.tensor([row[column] for row in rows]), scores, atol=1e-4)
+    assert [row["kl"] for row in rows] == [0, 0, 0]
 
 
 def test_the_gold_curve_by_hand(tmp_path, sft_ckpt):
