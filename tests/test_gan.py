@@ -251,6 +251,10 @@ def test_every_option_changes_what_it_should(tmp_path, sft_ckpt, discs):
     gumbel = weights(estimator="gumbel")
     for changes in (dict(tau=0.5), dict(objective="original"), dict(minibatch_size=8)):
         check(changes | dict(estimator="gumbel"), G, gumbel)
+    # Far below Adam's eps, a gradient moves nothing: neither G nor D.
+    start, clipped = weights(lr=0.0, d_lr=0.0), weights(estimator="gumbel", grad_clip=1e-12)
+    for w, before, after in zip(clipped, start, gumbel, strict=True):
+        assert (w - before).abs().max() < 0.02 * (after - before).abs().max()
     for estimator in ("reinforce", "gumbel"):       # the first round has no KL yet
         two = dict(estimator=estimator, max_steps=2)
         base = weights(**two, kl_coef=0.0)
