@@ -157,7 +157,8 @@ TINY = {"sft.py": "--epochs 0.1",
         "ppo.py": "--max_steps 1 --batch_size 4 --minibatch_size 2 --max_new_tokens 6",
         "gan.py": "--max_steps 1 --batch_size 4 --minibatch_size 2 --max_new_tokens 6 "
                   "--d_batch_size 2",
-        "real.people": "--comparisons 100 --samples 2 --best_of 2"}
+        "real.people": "--comparisons 100 --samples 2 --best_of 2",
+        "real.story": ""}
 
 
 def run_line(line):
@@ -169,6 +170,8 @@ def run_line(line):
     args += TINY[name].split() + ["--device", "cpu"]
     if name == "real.people":
         return tyro.cli(module.main, args=args)
+    if name == "real.story":
+        return module.write_story(tyro.cli(module.Config, args=args))
     return module.train(tyro.cli(module.Config, args=args))
 
 
@@ -177,7 +180,7 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
     monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=toy_puns()))
     pretrained.export(sft_ckpt, str(tmp_path / "init"))
     folder = tmp_path / "real"
-    (*lines, report_line), errors = make(
+    (*lines, report_line, story_line), errors = make(
         "-f", "real/Makefile", f"R={folder}", f"INIT={tmp_path / 'init'}", f"SEMEVAL={tmp_path}",
         f"EXPUN={tmp_path}", "-o", ".venv/ready", "-o", ".venv/ready-real", "real")
     assert not errors
@@ -221,6 +224,18 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
     assert (folder / "report.png").stat().st_size > 1000
     samples = read_jsonl(folder / "report_samples.jsonl")
     assert len(samples) == 5 * (5 * 2 + 1)          # four unseen words and one trained word
+
+    run_line(story_line)
+    told = (folder / "story.json").read_text(encoding="utf-8")
+    assert not any(json.dumps(text) in told for part in texts.values() for text in part)
+    story = json.loads(told)
+    assert story["policies"].keys() == report["policies"].keys()
+    assert {name: len(rows) for name, rows in story["samples"].items()} == {
+        "sft": 8, "dpo": 8, "gan": 8, "ppo": 8, "ppo_weak_kl": 8, "best": 4}
+    assert len(story["held_out"]["gold"]) == len(story["held_out"]["is_pun"]) >= 18
+    assert story["people"]["uses the word"] == 1
+    assert {name: len(rows) for name, rows in story["runs"].items()} == {
+        name: len(points) for name, points in report["curves"].items()}
 
 
 def test_each_judge_has_a_column_of_its_own(sft_ckpt):
