@@ -48,8 +48,8 @@ export PYTHONUTF8 := 1
 # discriminators of both need a higher rate, else they see less than that of gpt does; PPO takes more
 # steps and pays less for KL to get to the same place. All of it was chosen on seed 1337.
 ifeq ($(SIZE),gpu)
-  SFT    += --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 --corpus_size 1000000 \
-            --batch_size 256 --max_steps 6000 --lr 3e-3
+  SFT    += --tokenizer puns_large --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 \
+            --corpus_size 1000000 --batch_size 256 --max_steps 6000 --lr 3e-3
   REWARD += --batch_size 256 --lr 2e-4
   DISC   += --batch_size 256 --lr 2e-4
   PPO    += --batch_size 1024 --minibatch_size 512 --lr 1e-4
@@ -61,7 +61,7 @@ else ifeq ($(ARCH),palm)
   PPO    += --max_steps 100 --kl_coef 0.2
   GAN    += --d_lr 4e-4
 else ifeq ($(ARCH),t5)
-  SFT    += --n_embd 144 --n_inner 144 --lr 2e-2
+  SFT    += --n_embd 108 --n_inner 108 --lr 2e-2
   REWARD += --lr 1e-3
   DISC   += --lr 1e-3
   PPO    += --max_steps 100 --lr 2.5e-4 --kl_coef 0.2

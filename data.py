@@ -28,9 +28,9 @@ import torch
 
 from common import InputError, progress_bar, rank, world_size
 from model import logprobs
-from puns import LEXICON, world
+from puns import WORLDS, world
 
-RANKS = LEXICON / "puns.tiktoken"
+RANKS = {name: folders[-1] / "puns.tiktoken" for name, folders in WORLDS.items()}
 # Tokens of the pun world may span words but not sentences: " I used to be a" is one token
 # (https://arxiv.org/abs/2503.13423).
 SENTENCES = r"""[^.?!]++[.?!"]*+|[.?!"]++"""
@@ -41,20 +41,21 @@ SENTENCES = r"""[^.?!]++[.?!"]*+|[.?!"]++"""
 class Tokenizer:
     """Text to ids and back, with an end token and a pad id of its own.
 
-    pad_token_id is vocab_size, one past the last token; see model.py."""
+    pad_token_id is vocab_size, one past the last token; see model.py. Models with a tokenizer of
+    a pun world have learned that world, so it is the one to ask them about."""
 
     def __init__(self, name="puns", eos_token_id=None, vocab_size=None):
-        """name: puns (lexicon/puns.tiktoken), gpt2 (fetched once by tiktoken), or the path of a
-        tokenizer.json, which does not say its own eos_token_id and vocab_size."""
+        """name: puns or puns_large (of the pun worlds), gpt2 (fetched once by tiktoken), or the
+        path of a tokenizer.json, which does not say its own eos_token_id and vocab_size."""
         self.name = name                                    # what a checkpoint stores
         self.path = None            # of the file that a checkpoint must have beside it
-        # The pun world's own: a file of merges that is part of the repo.
-        if name == "puns":
-            content = RANKS.read_bytes()
+        # A pun world's own: a file of merges that is part of the repo.
+        if name in RANKS:
+            content = RANKS[name].read_bytes()
             # tiktoken's own loader would keep a copy elsewhere, and not see the file change.
             ranks = {base64.b64decode(token): int(rank)
                      for token, rank in map(bytes.split, content.splitlines())}
-            self.encoding = tiktoken.Encoding("puns", pat_str=SENTENCES, mergeable_ranks=ranks,
+            self.encoding = tiktoken.Encoding(name, pat_str=SENTENCES, mergeable_ranks=ranks,
                                               special_tokens={"<|end|>": len(ranks)})
             self.eos_token_id = len(ranks)                  # one past the last merge
             self.vocab_size = self.encoding.n_vocab
@@ -76,6 +77,11 @@ class Tokenizer:
             self.eos_token_id, self.vocab_size = eos_token_id, vocab_size
         self.pad_token_id = self.vocab_size                 # no model can emit it
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+
+    @property
+    def world(self):
+        """The pun world of this tokenizer; of one that has none, the small one."""
+        return world(self.name if self.name in WORLDS else "puns")
 
     def encode(self, text):
         """Text to ids, without an end token. A special token's name in a text is plain text."""
@@ -100,8 +106,8 @@ class JSONEncoding:
             raise InputError("pretrained models need the tokenizers library: "
                              "pip install tokenizers") from None
         if not path.is_file():
-            raise InputError(f"there is no tokenizer '{path}': use puns, gpt2, or the path of a "
-                             "tokenizer.json")
+            raise InputError(f"there is no tokenizer '{path}': use puns, puns_large, gpt2, or the "
+                             "path of a tokenizer.json")
         self.eos_token_id = eos_token_id
         self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.tokenizer.encode_special_tokens = True     # a special token's name is plain text
@@ -124,13 +130,14 @@ def tokenizer(name="puns", eos_token_id=None, vocab_size=None):
 
 def tokenizer_of(model):
     """The tokenizer of a loaded model. Raises InputError if it has changed since training."""
-    if model.tokenizer in ("puns", "gpt2"):
+    if model.tokenizer in (*RANKS, "gpt2"):
         tok = tokenizer(model.tokenizer)
     else:
         tok = tokenizer(model.tokenizer, model.config.eos_token_id, model.config.vocab_size)
     if tok.fingerprint != model.tokenizer_fingerprint:
-        raise InputError(f"the tokenizer {tok.path or RANKS} is not the one that the model was "
-                         "trained with: bring that file back, or train the model again")
+        path = tok.path or RANKS.get(tok.name, tok.name)
+        raise InputError(f"the tokenizer {path} is not the one that the model was trained with: "
+                         "bring that file back, or train the model again")
     return tok
 
 # -----------------------------------------------------------------------------
@@ -416,11 +423,11 @@ class Batches:
         self.position = state["position"]
 
 
-def load_prompts(config):
+def load_prompts(config, tok):
     """Records of prompts: those of a file, or all of the pun world."""
     if config.data:
         return read_records(config.data, ["prompt"])
-    return [{"prompt": world().prompt(thing)} for thing in world().things]
+    return [{"prompt": prompt} for prompt in tok.world.by_prompt]
 
 
 def prompt_batches(records, config, tok, block_size, device, seed):
@@ -480,8 +487,8 @@ def describe(tok, prompt, response, kl=None, score=None):
         if score is not None:
             row["score"] = score[i].item()
         # The judge knows the prompts of its own world alone.
-        if row["prompt"] in world().by_prompt:
-            verdict = world().judge(row["prompt"], row["text"])         # exact: it parses the text
+        if row["prompt"] in tok.world.by_prompt:
+            verdict = tok.world.judge(row["prompt"], row["text"])       # exact: it parses the text
             row["pun"] = verdict.on_topic and verdict.pun       # a pun on the wrong topic fails
             row["on_topic"] = verdict.on_topic
             row["fluent"] = verdict.fluent

@@ -40,7 +40,6 @@ from model import (
     save_checkpoint,
 )
 from optim import adamw, optimizer_step, set_lr
-from puns import world
 
 
 @dataclass(slots=True)
@@ -190,12 +189,12 @@ def evaluate(discriminator, generator, val, autocast):
             "real_logit": real.mean().item(), "fake_logit": fake.mean().item()}
 
 
-def load_reals(config):
+def load_reals(config, tok):
     """The records of real texts: those of a file, or the puns of the pun world."""
     if config.data:
         return read_records(config.data, ["prompt", "completion"])
     # Puns alone: what is real here is what G shall learn to write.
-    return world().corpus(config.corpus_size, config.seed, mix={"pun": 1.0})
+    return tok.world.corpus(config.corpus_size, config.seed, mix={"pun": 1.0})
 
 
 def train(config):
@@ -210,7 +209,7 @@ def train(config):
 
     # -- the same prompts for reals and fakes
     # Else D could tell them apart by what they are about.
-    reals = load_reals(config)
+    reals = load_reals(config, tok)
     n_val = min(1000, len(reals) // 5)
     if config.val_data:
         val_reals = read_records(config.val_data, ["prompt", "completion"])

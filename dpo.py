@@ -50,7 +50,6 @@ from data import (
 from lora import load_policy_and_reference, save_trained
 from model import load_reward_model, logprobs
 from optim import adamw, compile_step, optimizer_step, set_lr
-from puns import world
 
 
 @dataclass(slots=True)
@@ -69,7 +68,7 @@ class Config(TrainOptions):
     group_size: int = 4         # with --online: samples a prompt
     max_new_tokens: int = 32    # with --online: tokens of a sample, at most
     batch_size: int = 64        # pairs
-    max_steps: int = 300                                                # optimizer steps
+    max_steps: int = 200                                                # optimizer steps
     lr: float = 1e-4                                                    # the highest rate
     warmup_steps: int = 30                                      # steps until the highest rate
     weight_decay: float = 0.0                                   # the reference is the anchor, not 0
@@ -333,11 +332,11 @@ def evaluate(policy, reference, val, config, autocast):
 # -----------------------------------------------------------------------------
 # data
 
-def load_pairs(config):
+def load_pairs(config, tok):
     """(training, validation) records of the files in the config, or of the pun world."""
     if not config.data:
-        return (world().preferences(config.corpus_size, config.seed, config.noise),
-                world().preferences(1000, config.seed + 1, held_out=True))
+        return (tok.world.preferences(config.corpus_size, config.seed, config.noise),
+                tok.world.preferences(1000, config.seed + 1, held_out=True))
     records, val_records = train_and_val(config, ["prompt", "chosen", "rejected"])
     # A tie says which of the two is better in neither direction.
     decided = [record for record in records if record.get("share", 1.0) > 0.5]
@@ -359,13 +358,13 @@ def has_labels(path):
     return False
 
 
-def load_records(config):
+def load_records(config, tok):
     """(training records, validation records, the fields that hold their texts)."""
     if config.online:
         # The policy writes the rest.
         if config.data:
             return *train_and_val(config, ["prompt"]), ["prompt"]
-        return load_prompts(config), load_prompts(config), ["prompt"]
+        return load_prompts(config, tok), load_prompts(config, tok), ["prompt"]
     if config.loss == "kto" and config.data and has_labels(config.data):
         records, val_records = train_and_val(config, ["prompt", "completion", "label"])
         for path, part in ((config.data, records), (config.val_data or config.data, val_records)):
@@ -373,7 +372,7 @@ def load_records(config):
                 raise InputError(f"{path}: every label is {part[0]['label']}, of the records to "
                                  "train or to validate on: KTO compares good with bad ones")
         return records, val_records, ["prompt", "completion"]
-    return *load_pairs(config), ["prompt", "chosen", "rejected"]
+    return *load_pairs(config, tok), ["prompt", "chosen", "rejected"]
 
 
 def encode(records, tok, fields, block_size, reserve):
@@ -399,7 +398,7 @@ def train(config):
     policy, reference = load_policy_and_reference(config, device)
     tok = tokenizer_of(policy)
     reward_model = load_reward_model(config.online, device) if config.online else None
-    records, val_records, fields = load_records(config)
+    records, val_records, fields = load_records(config, tok)
     # The judge's verdicts need many samples; of other texts a few are read.
     n_samples = 64 if config.data else 512
     val_prompts = [record["prompt"] for record in val_records[:n_samples]]

@@ -39,7 +39,6 @@ from common import (
 )
 from data import measure, read_records, tokenizer_of, verdict_of
 from model import LANGUAGE_MODEL, load_model, load_reward_model, read_checkpoint
-from puns import world
 
 
 @dataclass(slots=True)
@@ -182,12 +181,12 @@ def find_policies(config, reference):
     return folders
 
 
-def load_prompts(config):
+def load_prompts(config, tok):
     """config.samples prompts, as strings, which repeat if there are fewer."""
     if config.data:
         prompts = [record["prompt"] for record in read_records(config.data, ["prompt"])]
     else:
-        prompts = [world().prompt(thing) for thing in world().things]
+        prompts = list(tok.world.by_prompt)
     random.Random(0).shuffle(prompts)            # so that the first few are of many topics
     copies = -(-config.samples // len(prompts))  # rounded up
     return (prompts * copies)[:config.samples]
@@ -199,7 +198,8 @@ def evaluate(config):
     device, autocast = setup(config)
     reference = load_model(config.reference, device)
     reward_model = load_reward_model(config.reward, device)
-    tok, prompts = tokenizer_of(reference), load_prompts(config)        # every policy gets these
+    tok = tokenizer_of(reference)
+    prompts = load_prompts(config, tok)                                 # every policy gets these
     folders = find_policies(config, reference)
 
     # The same prompts and the same seed for every policy: what differs is the policy.

@@ -228,7 +228,7 @@ def train(config):
     # beta1 = 0.5: D forgets old fakes sooner, since G moves (DCGAN, arXiv 1511.06434).
     d_optimizer = adamw(discriminator, config.d_lr, weight_decay=0.01, betas=(0.5, 0.99))
 
-    records, block_size = load_reals(config), policy.config.block_size
+    records, block_size = load_reals(config, tok), policy.config.block_size
     encoded = encode_records(records, tok, ["prompt", "completion"], block_size)
     reals = Batches(encoded, config.d_batch_size, tok.pad_token_id, device, config.seed)
     prompts = prompt_batches(records, config, tok, block_size, device, config.seed + 1)

@@ -47,7 +47,7 @@ class Config(TrainOptions):
     init: str = "runs/sft/ckpt.pt"              # the policy to start from, and the reference
     reward: str = "runs/reward_model/ckpt.pt"   # the reward model
     data: str = ""              # JSONL of prompts; '' is the pun world
-    max_steps: int = 80         # rollouts
+    max_steps: int = 40         # rollouts
     batch_size: int = 256       # responses a rollout
     minibatch_size: int = 128   # responses a gradient step
     ppo_epochs: int = 4         # passes over each rollout
@@ -372,8 +372,8 @@ def train(config, reward_fn=None):
     policy, reference = load_policy_and_reference(config, device)
     tok = tokenizer_of(policy)
     score_fn = make_score_fn(config, policy, tok, reward_fn, device)
-    prompts = prompt_batches(load_prompts(config), config, tok, policy.config.block_size, device,
-                             config.seed)
+    prompts = prompt_batches(load_prompts(config, tok), config, tok, policy.config.block_size,
+                             device, config.seed)
     value_head = nn.Linear(policy.config.n_embd, 1, device=device)
     nn.init.zeros_(value_head.weight)                       # the first values are 0, not noise
     nn.init.zeros_(value_head.bias)

@@ -11,7 +11,8 @@ pun. The grammar is unambiguous, so the judge needs no model: it parses a text b
 parts and compares the topics. The judge stands in for human taste: it labels the preferences that
 the reward model learns from, and it measures the result. Training sees nothing else of it.
 
-The words are in lexicon/, in plain files that you can read and extend:
+The words are in lexicon/, in plain files that you can read and extend: 64 topics, which a small
+model learns in minutes on a CPU, and in lexicon/more/ another 61. The large world has them all.
 
     python puns.py check             lists mistakes in the lexicon (file, line, reason)
     python puns.py sample --n 20     writes some puns
@@ -35,6 +36,8 @@ import tyro
 from common import InputError, command_line, progress_bar
 
 LEXICON = Path(__file__).parent / "lexicon"
+# The worlds, and the folders of their words. Each has a tokenizer of its name, see data.py.
+WORLDS = {"puns": [LEXICON], "puns_large": [LEXICON, LEXICON / "more"]}
 MIX = {"pun": 0.30, "mismatch": 0.35, "literal": 0.35}      # kinds of sentences in the SFT corpus
 HELD_OUT = 0.15     # fraction of the pun pairs (thing, phrase) that no training set contains
 
@@ -132,9 +135,11 @@ class World:
 
     Randomness comes from a seed, or from `rng`, a random.Random."""
 
-    def __init__(self, folder=LEXICON):
-        """Raises InputError, which lists every mistake in the lexicon with file and line."""
-        lexicon = Lexicon(folder)
+    def __init__(self, *folders):
+        """folders: of topic files; the first has frames, verbs, and literal phrases, too.
+
+        Raises InputError, which lists every mistake in the lexicon with file and line."""
+        lexicon = Lexicon(folders)
         self.things, self.frames = lexicon.things, lexicon.frames
         self.phrases, self.literals = lexicon.phrases, lexicon.literals     # with and without a pun
         self.verbs = lexicon.verbs          # {"lose": {"base": "lose", "past": "lost", ...}}
@@ -341,10 +346,14 @@ class World:
         return Verdict(True, on_topic, pun, parse)
 
 
-@functools.lru_cache(maxsize=1)
-def world():
-    """The world of lexicon/, read once."""
-    return World()
+@functools.cache
+def read_world(name):
+    return World(*WORLDS[name])
+
+
+def world(name="puns"):
+    """The world of that name, read once: puns, which is small, or puns_large."""
+    return read_world(name)
 
 # -----------------------------------------------------------------------------
 # reading the lexicon
@@ -356,21 +365,21 @@ def expect(condition, reason):
 
 
 class Lexicon:
-    """The words of a folder. After a mistake it reads on, so that one error lists them all."""
+    """The words of some folders. After a mistake it reads on, so that one error lists them all."""
 
-    def __init__(self, folder):
+    def __init__(self, folders):
         self.things, self.phrases, self.literals, self.frames, self.verbs = [], [], [], [], {}
         self.topic = ""         # of the line that is being read
         self.mistakes = []      # ["file:line: reason"]
         self.defined = {}       # {("thing", "banker"): "file:line"}
         self.topic_of = {}      # {"banker": "banking", "bankers": "banking", "interest": "banking"}
-        folder = Path(folder)
-        self.read(folder / "verbs.txt", self.add_verb)      # first: phrases need their verbs
-        for path in sorted(folder.glob("*.txt")):
+        first = Path(folders[0])
+        self.read(first / "verbs.txt", self.add_verb)       # first: phrases need their verbs
+        for path in [path for folder in folders for path in sorted(Path(folder).glob("*.txt"))]:
             if path.stem not in ("verbs", "literals", "frames"):
                 self.read(path, self.add_to_topic)
-        self.read(folder / "literals.txt", self.add_literal)
-        self.read(folder / "frames.txt", self.add_frame)
+        self.read(first / "literals.txt", self.add_literal)
+        self.read(first / "frames.txt", self.add_frame)
         self.check_topics()
         if self.mistakes:
             raise InputError("the lexicon has mistakes:\n" + "\n".join(self.mistakes))
@@ -495,15 +504,16 @@ def check_tokens(tokens):
         word = token.decode("utf-8", "replace").strip().lower()
         if word.removesuffix("s") in SLURS:
             raise InputError(f"token {i} of the tokenizer is a slur: train it with another number "
-                             "of tokens, python -m real.tokenizer --words 3800")
+                             "of tokens, python -m real.tokenizer --words 2300")
 
 
 def check():
     """Check the lexicon: fields, duplicates, verb forms, and that sentences parse back; and that
     no token is a slur."""
-    lines = (LEXICON / "puns.tiktoken").read_bytes().splitlines()
-    check_tokens(base64.b64decode(line.split()[0]) for line in lines)
-    w, rng = World(), random.Random(0)
+    for folders in WORLDS.values():
+        lines = (folders[-1] / "puns.tiktoken").read_bytes().splitlines()
+        check_tokens(base64.b64decode(line.split()[0]) for line in lines)
+    w, rng = world("puns_large"), random.Random(0)          # it has all the words
     for frame in progress_bar(w.frames, "frames"):
         things = [thing for thing in w.things if frame in w.frames_for[thing.kind]]
         # Each thing and each phrase in random company: all triples would be millions.
@@ -514,21 +524,23 @@ def check():
             parse = w.parse(text)
             if parse != (frame, thing, phrase):
                 raise InputError(f"ambiguous: '{text}' also reads as {parse}")
-    n_pairs = sum(len(w.topic_phrases[thing.topic]) for thing in w.things)
-    n_heterographic = sum(phrase.written != phrase.heard for phrase in w.phrases)
     n_families = len({frame.family for frame in w.frames})
-    print(f"{len(w.topic_phrases)} topics, {len(w.things)} things, {len(w.phrases)} pun phrases "
-          f"({n_heterographic} of them heterographic), {len(w.literals)} literal phrases, "
-          f"{len(w.frames)} frames in {n_families} families")
-    print(f"{n_pairs} pairs make a pun, {len(w.held_out)} of them are held out of training; "
-          f"entropy of a completion {w.entropy():.3f} nats")
+    print(f"{len(w.literals)} literal phrases, {len(w.frames)} frames in {n_families} families")
+    for name in WORLDS:
+        w = world(name)
+        n_pairs = sum(len(w.topic_phrases[thing.topic]) for thing in w.things)
+        n_heterographic = sum(phrase.written != phrase.heard for phrase in w.phrases)
+        print(f"{name}: {len(w.topic_phrases)} topics, {len(w.things)} things, {len(w.phrases)} "
+              f"pun phrases ({n_heterographic} of them heterographic); {n_pairs} pairs make a pun, "
+              f"{len(w.held_out)} of them are held out of training; entropy of a completion "
+              f"{w.entropy():.3f} nats")
 
 
 def sample(n: int = 20, kind: str = "pun", seed: int = 0):
     """Write n random sentences of one kind: pun, mismatch, or literal."""
     if kind not in MIX:
         raise InputError(f"--kind is one of {', '.join(MIX)}, not '{kind}'")
-    w, rng = world(), random.Random(seed)
+    w, rng = world("puns_large"), random.Random(seed)
     for _ in range(n):
         thing = rng.choice(w.things)
         text = w.write(rng, thing, kind)
@@ -541,7 +553,7 @@ def sample(n: int = 20, kind: str = "pun", seed: int = 0):
 
 def judge(prompt: tyro.conf.Positional[str], text: tyro.conf.Positional[str]):
     """Judge one completion of one prompt."""
-    verdict = world().judge(prompt, text)
+    verdict = world("puns_large").judge(prompt, text)
     print(f"fluent {verdict.fluent}, on topic {verdict.on_topic}, pun {verdict.pun}")
     if verdict.parse:
         frame, thing, phrase = verdict.parse

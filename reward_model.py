@@ -31,7 +31,6 @@ from data import Batches, encode_records, respond, tokenizer_of, train_and_val
 from lora import prepare, save_trained
 from model import RewardModel, load_model
 from optim import adamw, compile_step, optimizer_step, set_lr
-from puns import world
 
 
 @dataclass(slots=True)
@@ -175,22 +174,22 @@ def chance_warning(metrics, n):
 # -----------------------------------------------------------------------------
 # data
 
-def load_comparisons(config):
+def load_comparisons(config, tok):
     """(training records, held-out records, the fields that hold the texts, best first)."""
     if config.loss == "pairwise":
         if config.data:
             records, val_records = train_and_val(config, ["prompt", "chosen", "rejected"])
         else:
-            records = world().preferences(config.corpus_size, config.seed, config.noise)
+            records = tok.world.preferences(config.corpus_size, config.seed, config.noise)
             # Puns that no training set has: memorized pairs do not help here.
-            val_records = world().preferences(2000, config.seed + 1, held_out=True)
+            val_records = tok.world.preferences(2000, config.seed + 1, held_out=True)
         return records, val_records, ["chosen", "rejected"]
     if config.loss == "ranking":
         if config.data:
             records, val_records = train_and_val(config, ["prompt", "ranked"])
         else:
-            records = world().rankings(config.corpus_size, config.seed)
-            val_records = world().rankings(1000, config.seed + 1)
+            records = tok.world.rankings(config.corpus_size, config.seed)
+            val_records = tok.world.rankings(1000, config.seed + 1)
         return unfold_rankings(records, val_records)
     if config.loss == "regression":
         if not config.data:
@@ -232,7 +231,7 @@ def train(config):
     model = load_model(config.init, device)
     tok = tokenizer_of(model)
     reward_model = RewardModel(model, config.likelihood).to(device)  # a new head on the SFT model
-    records, val_records, fields = load_comparisons(config)
+    records, val_records, fields = load_comparisons(config, tok)
     block_size = model.config.block_size - 1        # the head reads one position more
     encoded = encode_comparisons(records, tok, fields, block_size)
     val_encoded = encode_comparisons(val_records, tok, fields, block_size)

@@ -49,7 +49,7 @@ def find_policies(folder):
 def make_prompt(text):
     """The prompt that the pun world knows for a thing, "a banker" or "banker"; else the text."""
     for prompt in (text, f"About {text}:", f"About a {text}:", f"About an {text}:"):
-        if prompt in world().by_prompt:
+        if prompt in world("puns_large").by_prompt:
             return prompt
     return text
 
@@ -70,9 +70,10 @@ def write(policies, reference, reward_model, text, config, device, autocast):
 
 def write_best(policy, reward_model, config, device, autocast):
     """Writes one record of prompt and completion for each prompt: the best of n by score."""
-    prompts = [record["prompt"] for record in load_prompts(config)]
+    tok = tokenizer_of(policy)
+    prompts = [record["prompt"] for record in load_prompts(config, tok)]
     repeated = [prompt for prompt in prompts for _ in range(config.n)]
-    rows = measure(policy, None, tokenizer_of(policy), repeated, make_rng(device, config.seed),
+    rows = measure(policy, None, tok, repeated, make_rng(device, config.seed),
                    autocast, reward_model, config.temperature, config.top_k, config.top_p)
     records = []
     for i, prompt in enumerate(prompts):

@@ -38,7 +38,6 @@ from data import (
 from lora import prepare, save_trained
 from model import ModelConfig, build_model, load_model, logprobs
 from optim import Muon, adamw, compile_step, optimizer_step, set_lr
-from puns import world
 
 
 @dataclass(slots=True)
@@ -46,21 +45,21 @@ class Config(TrainOptions):
     out_dir: str = "runs/sft"   # the folder of this run
     data: str = ""              # JSONL of prompt and completion; '' is the pun world
     val_data: str = ""          # the same, to validate on; '' holds out a tenth of --data
-    corpus_size: int | None = None  # records of the pun world; None: 564,000, --init 20,000
+    corpus_size: int | None = None  # records of the pun world; None: 512,000, --init 20,000
     init: str = ""              # checkpoint to start from; '' starts from random weights
-    tokenizer: str = "puns"     # puns or gpt2; with --init that of the checkpoint
+    tokenizer: str = "puns"     # of the small pun world; puns_large is of the large one; or gpt2
     # the architecture, if it starts from random weights
     arch: str = "gpt"           # gpt, palm, llama or t5
     n_layer: int = 2            # blocks
-    n_head: int = 4             # attention heads
-    n_embd: int = 256           # width of the embeddings
+    n_head: int = 6             # attention heads
+    n_embd: int = 192           # width of the embeddings
     n_inner: int = 256          # width of the feed-forward layers; 0 is 4 n_embd
     block_size: int = 48        # longest prompt + completion, in tokens
     dropout: float = 0.0        # while training
     # None is a number that suits random weights, or with --init one that suits trained ones.
     batch_size: int | None = None       # texts, of about one length each; None: 64, --init 32
     grad_accum: int | None = None       # batches a step; None: 2, --init 1
-    max_steps: int | None = None        # optimizer steps; None: 4,400, --init as --epochs says
+    max_steps: int | None = None        # optimizer steps; None: 4,000, --init as --epochs says
     epochs: float | None = None         # passes over the data, in place of --max_steps; --init 3
     # Linear warm-up to the highest rate, then linear decay to zero.
     lr: float | None = None             # highest rate; None: 6e-3 (Muon), --init 1e-4 (AdamW)
@@ -74,8 +73,8 @@ class Config(TrainOptions):
                          "tokenizer arch n_layer n_head n_embd n_inner block_size dropout")]
 
 
-# 4,400 steps of 128 records read each record of the pun world once.
-FROM_SCRATCH = dict(corpus_size=564_000, batch_size=64, grad_accum=2, lr=6e-3)
+# 4,000 steps of 128 records read each record of the pun world once.
+FROM_SCRATCH = dict(corpus_size=512_000, batch_size=64, grad_accum=2, lr=6e-3)
 # Trained weights need little, and more of it would destroy what they know.
 FINE_TUNING = dict(corpus_size=20_000, batch_size=32, grad_accum=1, lr=1e-4)
 
@@ -96,7 +95,7 @@ def plan_steps(config, n_batches):
         config = fill_in(config, max_steps=max(1, round(epochs * epoch)))
     if config.init:
         config = fill_in(config, warmup_steps=config.max_steps // 10, eval_interval=epoch)
-    return fill_in(config, max_steps=4400, warmup_steps=100, eval_interval=500)
+    return fill_in(config, max_steps=4000, warmup_steps=100, eval_interval=500)
 
 # -----------------------------------------------------------------------------
 
@@ -142,13 +141,13 @@ def make_model(config, device):
     return build_model(model_config).to(device), tok
 
 
-def load_corpus(config):
+def load_corpus(config, tok):
     """(training, validation) records of the files in the config, or of the pun world."""
     if config.data:
         return train_and_val(config, ["prompt", "completion"])
     # Another seed, so the validation records are new draws from the same grammar.
-    return (world().corpus(config.corpus_size, config.seed),
-            world().corpus(2000, config.seed + 1))
+    return (tok.world.corpus(config.corpus_size, config.seed),
+            tok.world.corpus(2000, config.seed + 1))
 
 
 def train(config):
@@ -158,7 +157,7 @@ def train(config):
     device, autocast = setup(config)
     config = fill_in(config, **(FINE_TUNING if config.init else FROM_SCRATCH))
     model, tok = make_model(config, device)
-    records, val_records = load_corpus(config)
+    records, val_records = load_corpus(config, tok)
     fields, block_size = ["prompt", "completion"], model.config.block_size
     encoded = encode_records(records, tok, fields, block_size)          # {field: (N, longest)}
     val_encoded = encode_records(val_records, tok, fields, block_size)
@@ -171,7 +170,7 @@ def train(config):
     val_prompts = [record["prompt"] for record in val_records[:n_samples]]
     config = plan_steps(config, batches.n_batches)
     n_parameters = sum(p.numel() for p in model.parameters())
-    floor = "" if config.data else f", entropy of the grammar {world().entropy():.2f} nats"
+    floor = "" if config.data else f", entropy of the grammar {tok.world.entropy():.2f} nats"
     print(f"sft: {n_parameters / 1e6:.2f} M parameters, {len(records)} records, "
           f"{config.max_steps} steps, {device}{floor}")
 

@@ -1,7 +1,9 @@
 """
-Byte-pair encoding: how lexicon/puns.tiktoken is made.
+Byte-pair encoding: how lexicon/puns.tiktoken and lexicon/more/puns.tiktoken are made.
 
-    python -m real.tokenizer        retrains it on sentences of the pun world
+    python -m real.tokenizer                retrains the one of the small pun world
+    python -m real.tokenizer puns_large --words 3871 --vocab_size 4095
+                                            that of the large one
 
 Merges happen in two rounds: first within words, as in GPT-2, then across the words of a sentence,
 so that " I used to be a" can be one token (https://arxiv.org/abs/2503.13423). Only needed after a
@@ -67,21 +69,23 @@ def merge(tokens, pair):
         i += 1
 
 
-def train_tokenizer(words: int = 3871, vocab_size: int = 4095, n: int = 50_000):
-    """Retrain lexicon/puns.tiktoken on the pun world.
+def train_tokenizer(name: tyro.conf.Positional[str] = "puns", words: int = 2335,
+                    vocab_size: int = 2559, n: int = 50_000):
+    """Retrain the tokenizer of a pun world on its sentences.
 
-    words: tokens within words. vocab_size: all tokens, those across words included; the end token
-    comes on top. n: records of the pun world to train on."""
-    texts = [text for record in world().corpus(n, seed=0) for text in record.values()]
+    name: puns or puns_large. words: tokens within words. vocab_size: all tokens, those across words
+    included; the end token comes on top. n: records of the pun world to train on."""
+    texts = [text for record in world(name).corpus(n, seed=0) for text in record.values()]
     ranks = train_bpe(texts, words)
     ranks = train_bpe(texts, vocab_size, SENTENCES, ranks)
     check_tokens(ranks)
-    with atomic_write(RANKS) as path:
+    with atomic_write(RANKS[name]) as path:
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
         path.write_bytes(b"".join(lines))
-    tok = Tokenizer("puns")
+    tok = Tokenizer(name)
     lengths = [len(tok.encode(text)) for text in texts[:2000]]
-    print(f"{RANKS}: {len(ranks)} tokens, {sum(lengths) / len(lengths):.1f} in a text on average")
+    mean = sum(lengths) / len(lengths)
+    print(f"{RANKS[name]}: {len(ranks)} tokens, {mean:.1f} in a text on average")
 
 
 if __name__ == "__main__":

@@ -49,11 +49,11 @@ def test_rebuilt_ranks_are_seen_and_models_of_the_old_ones_refused(tmp_path, mon
     model = toy()
     model.tokenizer, model.tokenizer_fingerprint = "puns", tok.fingerprint
     assert tokenizer_of(model) is tok
-    monkeypatch.setattr(data, "RANKS", tmp_path / "puns.tiktoken")
+    monkeypatch.setitem(data.RANKS, "puns", tmp_path / "puns.tiktoken")
     for merge in (b"ab", b"ba"):
         tokens = [bytes([i]) for i in range(256)] + [merge]
         lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
-        data.RANKS.write_text("".join(lines), encoding="utf-8")
+        data.RANKS["puns"].write_text("".join(lines), encoding="utf-8")
         assert data.Tokenizer("puns").encode(merge.decode()) == [256]
     model.tokenizer_fingerprint = data.Tokenizer("puns").fingerprint
     with pytest.raises(InputError, match="is not the one that the model was trained with"):

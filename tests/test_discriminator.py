@@ -215,8 +215,8 @@ def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):
     assert set().union(*table) | here | above | elsewhere == fields
 
 
-def test_reals_of_the_pun_world_are_puns():
-    rows = discriminator.load_reals(discriminator.Config(corpus_size=50))
+def test_reals_of_the_pun_world_are_puns(tok):
+    rows = discriminator.load_reals(discriminator.Config(corpus_size=50), tok)
     assert len(rows) == 50
     assert all(world().judge(row["prompt"], row["completion"]).pun for row in rows)
 

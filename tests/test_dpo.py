@@ -9,7 +9,7 @@ from conftest import EOS, PAD, awake, close, ids, off, records, tiny, toy
 
 import dpo
 from common import InputError, read_jsonl
-from data import Batches, encode_records, tokenizer_of
+from data import Batches, encode_records, tokenizer, tokenizer_of
 from dpo import LOSSES, Labeled, Pair, losses_of
 from model import load_model, logprobs
 from puns import world
@@ -243,7 +243,7 @@ def test_online_dpo_learns_what_the_reward_model_likes(tmp_path, sft_ckpt, monke
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert steps[-1]["score"] > steps[0]["score"] + 2 and -12 <= steps[0]["score"] < -6
     assert rows[-1]["length"] == -rows[-1]["score"] < 6 and "val_loss" not in rows[-1]
-    assert len(dpo.load_records(config(online="x"))[0]) == len(world().things)
+    assert len(dpo.load_records(config(online="x"), tokenizer())[0]) == len(world().things)
 
 
 def test_options_of_the_optimizer_and_of_the_losses(tmp_path, sft_ckpt):
@@ -269,8 +269,8 @@ def test_options_of_the_optimizer_and_of_the_losses(tmp_path, sft_ckpt):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_pairs_of_the_pun_world():
-    conftest.check_pun_world_pairs(lambda **options: dpo.load_records(config(**options)))
+def test_pairs_of_the_pun_world(tok):
+    conftest.check_pun_world_pairs(lambda **options: dpo.load_records(config(**options), tok))
 
 
 def test_ties_are_left_out(tmp_path, capsys):
@@ -278,7 +278,7 @@ def test_ties_are_left_out(tmp_path, capsys):
     for row, share in zip(rows, (.5, .6, 1.0, .5), strict=False):
         row["share"] = share
     path = records(tmp_path / "pairs.jsonl", rows)
-    kept, val = dpo.load_pairs(config(data=path, val_data=path))
+    kept, val = dpo.load_pairs(config(data=path, val_data=path), tokenizer())
     assert [row["prompt"] for row in kept] == [rows[i]["prompt"] for i in (1, 2, 4, 5, 6, 7, 8)]
     assert len(val) == 7 and "left out 4 ties" in capsys.readouterr().out
 
@@ -294,4 +294,4 @@ def test_good_and_bad_responses_count_equally(tmp_path, tok):
                "'label' must be true or false": [row | {"label": 1} for row in rows]}
     for message, bad in refused.items():
         with pytest.raises(InputError, match=message):
-            dpo.load_records(config(data=records(tmp_path / "a.jsonl", bad), loss="kto"))
+            dpo.load_records(config(data=records(tmp_path / "a.jsonl", bad), loss="kto"), tok)

@@ -9,7 +9,8 @@ import pytest
 
 import puns
 from common import InputError
-from puns import HELD_OUT, MIX, Thing, World, pluralize, world
+from data import tokenizer
+from puns import HELD_OUT, LEXICON, MIX, Thing, World, pluralize, world
 
 # A lexicon small enough to count by hand: 2 topics, 3 things, 2 + 2 phrases, 2 literals, 2 frames.
 TINY = {
@@ -229,7 +230,19 @@ def test_seeds_reproduce_and_differ():
     w = world()
     for make in (w.corpus, w.preferences, w.rankings):
         assert make(50, 1) == make(50, 1) != make(50, 2)
-    assert held_out(w) == held_out(World())
+    assert held_out(w) == held_out(World(LEXICON))
+
+
+def test_two_worlds():
+    """The large one has all that the small one has. A tokenizer knows its world, and its judge."""
+    small, large = world(), world("puns_large")
+    assert set(small.by_prompt) < set(large.by_prompt) and small.literals[0].text in {
+        phrase.text for phrase in large.literals}
+    assert (len(small.topic_phrases), len(large.topic_phrases)) == (64, 125)
+    assert tokenizer("puns").world is small and tokenizer("puns_large").world is large
+    assert tokenizer("puns_large").vocab_size > tokenizer("puns").vocab_size
+    prompt = "About a baker:"                           # is in the large world alone
+    assert prompt not in small.by_prompt and prompt in large.by_prompt
 
 
 def test_entropy_by_enumeration(tiny_world):
@@ -307,11 +320,11 @@ def test_check_command(tiny_world, monkeypatch, capsys):
     w = tiny_world
     assert w.phrases[2].text == "knead a hug"
     assert (w.phrases[2].written, w.phrases[2].heard) == ("knead", "need")
-    monkeypatch.setattr(puns, "World", lambda: w)
+    monkeypatch.setattr(puns, "world", lambda name: w)
     puns.check()
     out = capsys.readouterr().out
-    assert ("2 topics, 3 things, 4 pun phrases (1 of them heterographic), 2 literal phrases, "
-            "2 frames in 2 families") in out
+    assert "2 literal phrases, 2 frames in 2 families" in out
+    assert "puns_large: 2 topics, 3 things, 4 pun phrases (1 of them heterographic)" in out
     assert "6 pairs make a pun, 1 of them are held out" in out      # 2 x 2 + 1 x 2; 0.15 of them
     monkeypatch.setattr(w, "parse", lambda text: None)
     with pytest.raises(InputError, match="ambiguous: 'I was a"):
@@ -325,7 +338,7 @@ def test_no_token_is_a_slur():
 
 
 def test_sample_and_judge_commands(tiny_world, monkeypatch, capsys):
-    monkeypatch.setattr(puns, "world", lambda: tiny_world)
+    monkeypatch.setattr(puns, "world", lambda name: tiny_world)
     puns.sample(n=30)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 30

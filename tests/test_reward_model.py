@@ -155,8 +155,8 @@ def rows_about(n, seed=0, **texts):
     return rows
 
 
-GOOD = dict(chosen=" yes, {}", rejected=" no, {}")      # yes is better, whatever follows
-BAD = dict(chosen=" no, {}", rejected=" yes, {}")
+GOOD = dict(chosen=" good {}", rejected=" bad {}")      # whatever follows
+BAD = dict(chosen=" bad {}", rejected=" good {}")
 
 
 def run_of(folder, sft_ckpt, rows, val_rows, **changes):
@@ -200,7 +200,7 @@ def test_held_out_pairs_are_those_of_val_data(tmp_path, sft_ckpt):
 
 
 def test_rankings_and_ratings_are_learned(tmp_path, sft_ckpt):
-    texts = dict(a=" yes, {}", b=" maybe, {}", c=" no, {}")
+    texts = dict(a=" good {}", b=" old {}", c=" bad {}")
     rows = [{"prompt": row["prompt"], "ranked": [row[field] for field in "abc"]}
             for row in rows_about(80, **texts)]
     metrics, _ = run_of(tmp_path, sft_ckpt, rows[:60], rows[60:], loss="ranking")
@@ -209,8 +209,8 @@ def test_rankings_and_ratings_are_learned(tmp_path, sft_ckpt):
     with pytest.raises(InputError, match="val.jsonl:11: ranks 4 texts, and another record 3"):
         run_of(tmp_path, sft_ckpt, rows[:60], rows[60:], loss="ranking")
 
-    rows = [row | {"rating": 2} for row in rows_about(40, completion=" yes, {}")]
-    rows += [row | {"rating": -1} for row in rows_about(40, 1, completion=" no, {}")]
+    rows = [row | {"rating": 2} for row in rows_about(40, completion=" good {}")]
+    rows += [row | {"rating": -1} for row in rows_about(40, 1, completion=" bad {}")]
     random.Random(0).shuffle(rows)
     metrics, _ = run_of(tmp_path, sft_ckpt, rows[:60], rows[60:], loss="regression", likelihood=0)
     assert metrics[-1]["val_mse"] < 1 and metrics[-1]["spearman"] > 0.8
@@ -265,9 +265,9 @@ def test_dropout_acts_in_training_alone(tmp_path, sft_ckpt, tok):
     assert b.shift.item() == pytest.approx(a.shift.item(), abs=1e-3)
 
 
-def test_comparisons_of_the_pun_world():
+def test_comparisons_of_the_pun_world(tok):
     def load(**options):
-        return load_comparisons(reward_model.Config(**options))
+        return load_comparisons(reward_model.Config(**options), tok)
 
     conftest.check_pun_world_pairs(load)
     ranked, val, fields = load(corpus_size=50, loss="ranking")

@@ -170,8 +170,8 @@ def test_options_of_a_new_model(tmp_path):
         assert rows[1]["length"] == calm[1]["length"]
 
 
-def test_the_pun_world_is_the_default_corpus():
+def test_the_pun_world_is_the_default_corpus(tok):
     """Validation records are new draws."""
-    train, val = sft.load_corpus(sft.Config(corpus_size=300))
+    train, val = sft.load_corpus(sft.Config(corpus_size=300), tok)
     assert len(train) == 300 and len(val) == 2000 and train != val[:300]
-    assert sft.load_corpus(sft.Config(corpus_size=300, seed=1))[0] != train
+    assert sft.load_corpus(sft.Config(corpus_size=300, seed=1), tok)[0] != train

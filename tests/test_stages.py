@@ -287,7 +287,7 @@ def test_every_choice_of_an_option_runs(chain, tmp_path):
     starts = starts_of(chain)
     for i, (module, changes) in enumerate(choices):
         data = pairs(tmp_path) if module is dpo else ""
-        arguments = starts | ({"sft_ckpt": "", "n_embd": 32} if "arch" in changes else {})
+        arguments = starts | ({"sft_ckpt": "", "n_embd": 48} if "arch" in changes else {})
         module.train(tiny(module, tmp_path / f"{i}", data=data, **arguments, **changes))
         assert read_jsonl(tmp_path / f"{i}" / "metrics.jsonl")[-1]["step"] == 2, changes
         saved = torch.load(tmp_path / f"{i}" / "ckpt.pt", weights_only=True)["model"]
