@@ -12,6 +12,7 @@ such a file. If somebody has compared two policies, the answers are in it, too:
 """
 
 import collections
+import itertools
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ import tyro
 
 from common import command_line, read_jsonl, setup
 from data import tokenizer_of
-from evaluate import write_text
+from evaluate import self_bleu, write_text
 from model import load_reward_model
 from real.label import key_of
 from real.people import COPIED, Config, load_puns, overlap_with, parts_of, uses_word
@@ -71,15 +72,21 @@ def tell_templates(puns):
         "rating of other puns": plain} for template in TEMPLATES}
 
 
-def tell_run(path, curve):
+def tell_run(path, curve, overlap):
     """One row for each step of a training run whose samples were kept: [{"step", "kl", "proxy",
-    "gold", and the mean of each trait}]. curve: (kl, proxy, gold) at these steps."""
+    "gold", "self-BLEU", "texts": the first three that are no near-copies, and the mean of each
+    trait}]. curve: (kl, proxy, gold) at these steps."""
     of_step = collections.defaultdict(list)
     for row in read_jsonl(path):
         if "score" in row:
             of_step[row["step"]].append(row)
-    return [{"step": step, "kl": kl, "proxy": proxy, "gold": gold} | mean_traits(rows)
-            for (step, rows), (kl, proxy, gold) in zip(of_step.items(), curve, strict=True)]
+    told = []
+    for (step, rows), (kl, proxy, gold) in zip(of_step.items(), curve, strict=True):
+        own = (row["text"].strip() for row in rows if overlap(row["text"]) < COPIED)
+        told.append({"step": step, "kl": kl, "proxy": proxy, "gold": gold,
+                     "self-BLEU": self_bleu([row["text"] for row in rows]),
+                     "texts": list(itertools.islice(own, 3))} | mean_traits(rows))
+    return told
 
 
 def tell_samples(rows, overlap):
@@ -145,7 +152,7 @@ def write_story(config):
         "people": mean_traits(written),
         "lengths": [traits(row)["words"] for row in written],
         "templates": tell_templates(puns),
-        "runs": {name: tell_run(folder / name / "samples.jsonl", curve)
+        "runs": {name: tell_run(folder / name / "samples.jsonl", curve, overlap)
                  for name, curve in report["curves"].items()},
         "samples": tell_samples(samples, overlap),
         "blind": tell_blind(folder, judges["gold"], overlap, autocast)}

@@ -41,9 +41,12 @@ def test_a_run_is_told_step_by_step(tmp_path):
             row_of("sole", "One sole", step=5, score=0.0),
             row_of("sole", "A fish", step=10, score=1.0)]
     write_jsonl(tmp_path / "samples.jsonl", rows)
-    first, second = story.tell_run(tmp_path / "samples.jsonl", [(1.0, 2.0, 3.0), (4.0, 5.0, 6.0)])
-    assert first == {"step": 5, "kl": 1, "proxy": 2, "gold": 3, "words": 3, "uses the word": 0.5,
-                     "ends with the word": 0.5, "Old X never die": 0.5, "said Tom": 0}
+    first, second = story.tell_run(tmp_path / "samples.jsonl", [(1.0, 2.0, 3.0), (4.0, 5.0, 6.0)],
+                                   {"One sole": 0.45, "Old men never die": 0.4, "A fish": 0}.get)
+    assert 0 < first.pop("self-BLEU") < 1
+    assert first == {"step": 5, "kl": 1, "proxy": 2, "gold": 3, "texts": ["Old men never die"],
+                     "words": 3, "uses the word": 0.5, "ends with the word": 0.5,
+                     "Old X never die": 0.5, "said Tom": 0}
     assert second["step"] == 10 and second["gold"] == 6
 
 
