@@ -321,7 +321,7 @@ class PaLMBlock(nn.Module):
         self.mlp_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, bias, angles, cache=None, layer=0):
+    def forward(self, x, bias, angles, cache, layer):
         q, k, v, gate, value = self.c_fused(self.ln(x)).split(self.sizes, dim=-1)   # (B, T, ..)
         q = rotate(split_heads(q, self.n_head), angles)                             # (B, nh, T, hs)
         k = rotate(k[:, None], angles)                                              # (B, 1, T, hs)
@@ -404,7 +404,7 @@ class LlamaBlock(nn.Module):
         self.mlp = LlamaMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, bias, angles, cache=None, layer=0):
+    def forward(self, x, bias, angles, cache, layer):
         x = x + self.dropout(self.attn(self.ln_1(x), bias, angles, cache, layer))
         return x + self.dropout(self.mlp(self.ln_2(x)))                 # each token by itself
 
@@ -509,7 +509,7 @@ class T5Block(nn.Module):
         self.mlp = T5MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, bias, encoded=None, encoded_bias=None, cache=None, layer=0):
+    def forward(self, x, bias, encoded, encoded_bias, cache, layer):
         """x (B, T, C). In the decoder, encoded holds the keys and values of the prompt."""
         normed = self.ln_1(x)                               # (B, T, C)
         k, v = self.attn.keys_values(normed)                # (B, nh, T, hs)

@@ -114,7 +114,7 @@ def optimizer_step(loss, model, optimizer, grad_clip):
     """zero_grad, backward, clip, step: in this order. Returns the gradient's norm before the clip.
 
     grad_clip: the largest norm of the whole gradient; 0 does not clip."""
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     loss.backward()
     average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
