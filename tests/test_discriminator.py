@@ -84,6 +84,8 @@ def test_a_discriminator_starts_as_a_coin_and_comes_back_from_its_file(tmp_path,
     again = load_discriminator(tmp_path / "ckpt.pt")
     assert torch.equal(again(PROMPT, RESPONSE, states), logits)
     assert not again.training and again.reads == reads and (again.lstm is None) == (not lstm)
+    new = Discriminator(toy())
+    assert new.lstm is None and new.classifier.weight.std() < 0.04 and not new.classifier.bias.any()
     with pytest.raises(InputError, match="make it with: python discriminator.py"):
         load_discriminator(tmp_path / "discriminator" / "ckpt.pt")
 

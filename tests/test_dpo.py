@@ -256,7 +256,7 @@ def test_options_of_the_optimizer_and_of_the_losses(tmp_path, sft_ckpt):
     conftest.check_optimizer(
         lambda **changes: run(**changes) and load_model(tmp_path / "ckpt.pt").state_dict())
     rows = run_of(tmp_path, sft_ckpt, max_steps=5, log_interval=3, eval_interval=2)
-    assert [row["step"] for row in rows if "loss" in row] == [1, 4, 5]
+    assert [row["step"] for row in rows if "lr" in row] == [1, 4, 5]
     assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 5]
     norm = run()["grad_norm"]
     assert run(beta=1.0)["grad_norm"] == pytest.approx(2 * norm, rel=1e-3)

@@ -125,6 +125,9 @@ def test_a_new_model_knows_nothing(name):
     model = net.build_model(config)
     nll = -logprobs(model, *torch.randint(2, 1000, (2, 16, 20))).mean().item()
     assert nll == pytest.approx(math.log(1000) + 0.5 * (name[:2] == "t5"), abs=0.25)
+    head = RewardModel(model).scalar_head                   # of 128 inputs
+    assert head.weight.std().item() == pytest.approx(129 ** -0.5, rel=0.3) and not head.bias.any()
+    assert any("bias" in key for key in model.state_dict()) == (name in ("gpt", "qwen2"))
     stds = {key: p.std().item() for key, p in model.named_parameters() if p.dim() == 2}
     if name == "gpt":       # four layers add to the residual stream twice each
         assert stds["h.0.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.05)

@@ -36,6 +36,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else(model):
     assert set(muon) == {f"model.{name}" for name, p in model.named_parameters()
                          if p.dim() == 2 and not any(head in name for head in heads)}
     assert len(muon + sum(rest, [])) == len(name_of)
+    assert not any(group["weight_decay"] for group in optimizer.param_groups)       # by default
 
 
 def newton_schulz(matrix):

@@ -236,6 +236,10 @@ def test_options_of_the_loss_by_hand(tmp_path, sft_ckpt):
         expected = (loss + changes.get("centering", 0.0) * (a + b) ** 2).mean().item()
         metrics, _ = run_of(tmp_path, sft_ckpt, rows, rows[:2], max_steps=1, **changes)
         assert metrics[0]["loss"] == pytest.approx(expected, rel=1e-3), changes
+    rows = rows_about(16, **GOOD)               # without margins the option changes nothing
+    first, second = (run_of(tmp_path, sft_ckpt, rows, rows[:2], max_steps=1, margin=margin)[0][0]
+                     for margin in (0.0, 9.0))
+    assert first["loss"] == second["loss"]
 
 
 def test_options_of_the_optimizer(tmp_path, sft_ckpt):
@@ -250,8 +254,10 @@ def test_options_of_the_optimizer(tmp_path, sft_ckpt):
     conftest.check_optimizer(weights_after, still=["scalar_head.bias"])
     metrics, _ = run_of(tmp_path, sft_ckpt, rows, rows[:2], max_steps=5, log_interval=3,
                         eval_interval=2)
-    assert [row["step"] for row in metrics if "loss" in row] == [1, 4, 5]
+    assert [row["step"] for row in metrics if "lr" in row] == [1, 4, 5]
     assert [row["step"] for row in metrics if "accuracy" in row] == [2, 4, 5]
+    # Two held-out pairs prove nothing: the warning comes once, at the end.
+    assert (tmp_path / "samples.txt").read_text(encoding="utf-8").count("step ") == 1
 
 
 def test_dropout_acts_in_training_alone(tmp_path, sft_ckpt, tok):
