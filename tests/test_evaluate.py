@@ -169,7 +169,7 @@ def test_the_report_is_written(runs):
 
 
 
-def test_the_same_seed_gives_the_same_report_and_says_what_is_left_out(runs, capsys):
+def test_the_same_seed_gives_the_same_report_and_says_what_is_left_out(runs, capsys, monkeypatch):
     folder, config = runs
     report, samples = evaluate.evaluate(config)
     first = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -178,6 +178,12 @@ def test_the_same_seed_gives_the_same_report_and_says_what_is_left_out(runs, cap
     out = capsys.readouterr().out
     assert f"{folder}/reward_model/ckpt.pt: left out, a reward model is no policy" in out
     assert f"{folder}/foreign/ckpt.pt: left out, its tokenizer is not the one of" in out
+    assert re.search(r"ppo +0\.0 ± 0\.0 +0\.0 ", out)
+    # One of four draws is a pun; the SFT row is every fourth draw: its smallest KL is ln 4.
+    monkeypatch.setattr(evaluate, "measure", lambda *args: [row(pun=float(i % 4 == 0))
+                                                            for i in range(len(args[3]))])
+    report, _ = evaluate.evaluate(config)
+    assert report["p0"] == .25 and report["rows"][0]["min_kl"] == pytest.approx(math.log(4))
 
 
 def test_options_of_the_sampling(runs, tmp_path):

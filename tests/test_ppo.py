@@ -392,10 +392,12 @@ def test_groups_that_score_alike_teach_nothing(tmp_path, sft_ckpt):
 def test_the_critic_learns(tmp_path, sft_ckpt):
     """The reward is always 2: values go from 0 to 2, the value loss from .5 * 2^2 to near 0."""
     run_of(tmp_path, sft_ckpt, lambda prompts, texts: [2.0] * len(texts), max_steps=12, lr=1e-2,
-           kl_coef=0.0, lam=1.0, clip_range=5.0, ppo_epochs=1)
+           kl_coef=0.0, lam=1.0, clip_range=5.0, ppo_epochs=1, sample_interval=5)
     loss = column(tmp_path, "value_loss")
     assert loss[0] > 1 and loss[-1] < 0.2
     assert column(tmp_path, "explained_variance") == [0] * 12   # equal returns are no NaN
+    samples = (tmp_path / "samples.txt").read_text(encoding="utf-8").splitlines()
+    assert [x for x in samples if x.startswith("step ")] == ["step 5", "step 10", "step 12"]
 
 
 def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):
