@@ -112,7 +112,8 @@ def check_options(config):
     """Raises InputError for a number out of its range, and for an option that has no effect.
 
     A Config may have READ_IF, a list of (option, values, names): the options with these names are
-    read only if that option has one of these values. Setting them otherwise is a mistake."""
+    read only if that option has one of these values; an empty list stands for all but ''. Setting
+    them otherwise is a mistake."""
     fields = {field.name: field for field in dataclasses.fields(config)}
     for (low, high), names in RANGES.items():
         for name in names.split():
@@ -120,11 +121,12 @@ def check_options(config):
                 check_range(name, getattr(config, name), low, high)
     for option, values, names in getattr(config, "READ_IF", []):
         value = getattr(config, option)
+        are_read = value in values or (not values and value != "")
+        how = f"with --{option} {value}: leave one of them out" if value else f"without --{option}"
         for name in names.split():
             is_set = getattr(config, name) != fields[name].default
-            if value not in values and is_set:
-                raise InputError(f"--{name} has no effect with --{option} {value}: leave one of "
-                                 "them out")
+            if is_set and not are_read:
+                raise InputError(f"--{name} has no effect {how}")
 
 
 def check_range(name, value, low, high):
@@ -321,11 +323,10 @@ def write_jsonl(path, rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def progress_bar(items, name, total=None, at_least=0):
-    """Yields the items behind a progress bar, which is shown from `at_least` items on."""
-    few = total is not None and total < at_least
+def progress_bar(items, name, total=None):
+    """Yields the items behind a progress bar, which is shown if it takes longer than 2 seconds."""
     return tqdm(items, desc=f"{name:13}", total=total, leave=False, dynamic_ncols=True,
-                mininterval=_interval(), disable=few or rank() > 0)
+                delay=2, mininterval=_interval(), disable=rank() > 0)
 
 
 def _interval():

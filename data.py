@@ -275,8 +275,7 @@ def encode_records(records, tok, fields, block_size, reserve=0):
     for field in fields:
         # Each different text is encoded once: prompts come again and again.
         texts = dict.fromkeys(record[field] for record in records)
-        ids_of = {text: tok.encode(text)
-                  for text in progress_bar(texts, field, len(texts), at_least=100_000)}
+        ids_of = {text: tok.encode(text) for text in progress_bar(texts, field)}
         rows = [ids_of[record[field]] for record in records]            # N lists of ids
         if field == "prompt":
             encoded[field] = pad_left(rows, tok.pad_token_id)           # (N, P)
@@ -289,6 +288,12 @@ def encode_records(records, tok, fields, block_size, reserve=0):
             lengths = n_prompt + torch.tensor([len(ids) for ids in rows])  # (N,) of both
             check_room(records, lengths, f"tokens of prompt and {field}", block_size)
     return encoded
+
+
+def longest_text(encoded):
+    """max_new_tokens for samples to compare with these texts: as many as the longest has, or 32."""
+    widths = [ids.size(1) for name, ids in encoded.items() if name != "prompt" and ids.dim() == 2]
+    return max(32, *widths)
 
 
 def check_room(records, lengths, what, block_size):
@@ -347,8 +352,8 @@ class Batches:
 
     def __init__(self, encoded, batch_size, pad_token_id, device, seed, few_shapes=False):
         """encoded: {field: (N, longest) ids, or (N,) numbers}. few_shapes: widths are powers of
-        two, since torch.compile starts anew for each. Raises InputError if N is less than one
-        batch."""
+        two, since torch.compile starts anew for each. If N is less than one batch, records repeat
+        in it. Raises InputError if N is 0."""
         self.encoded, self.pad_token_id, self.device = encoded, pad_token_id, device
         self.seed, self.few_shapes = seed, few_shapes
         # How wide a batch is follows from lengths on the CPU: a GPU need not be asked, and waited
@@ -363,10 +368,12 @@ class Batches:
             self.checksum = zlib.crc32(values.contiguous().numpy(), self.checksum)  # of all of them
         self.n_tokens = 0                               # in all batches that next() has dealt
         self.step_size = batch_size * world_size()      # records of all processes at one step
-        self.n_batches = len(self.lengths) // self.step_size    # an epoch; the rest waits
-        if self.n_batches == 0:
-            raise InputError(f"a batch of {self.step_size} needs as many records, but the data "
-                             f"has {len(self.lengths)}: lower --batch_size")
+        if len(self) == 0:
+            raise InputError("the data has too few records: none is left to train or validate on")
+        if len(self) < self.step_size:
+            print(f"a batch of {self.step_size} repeats records: there are {len(self)}")
+        self.copies = math.ceil(self.step_size / len(self))     # of each record an epoch
+        self.n_batches = self.copies * len(self) // self.step_size      # the rest waits
         self.epoch, self.position = -1, self.n_batches      # next() starts epoch 0
 
     def __len__(self):
@@ -374,7 +381,8 @@ class Batches:
 
     def shuffle(self, epoch):
         rng = torch.Generator().manual_seed(self.seed * 1000 + epoch)
-        rows = torch.randperm(len(self), generator=rng)[:self.n_batches * self.step_size]
+        orders = [torch.randperm(len(self), generator=rng) for _ in range(self.copies)]
+        rows = torch.cat(orders)[:self.n_batches * self.step_size]
         # Within a pool the shortest come first, so that a batch holds texts of about one length.
         pools = [pool[self.lengths[pool].argsort(stable=True)]
                  for pool in rows.split(32 * self.step_size)]
@@ -411,7 +419,7 @@ class Batches:
 
     def in_order(self, batch_size=256):
         """Yields all records once, in their order: what a validation loss is measured on."""
-        for rows in torch.arange(len(self)).split(batch_size):
+        for rows in progress_bar(torch.arange(len(self)).split(batch_size), "records"):
             yield self.take(rows)
 
     def state_dict(self):
@@ -434,10 +442,8 @@ def prompt_batches(records, config, tok, block_size, device, seed):
     """Endless batches of batch_size / group_size prompts, which repeat if there are too few.
 
     Raises InputError for a prompt that leaves no room for max_new_tokens."""
+    encoded = encode_records(records, tok, ["prompt"], block_size, reserve=config.max_new_tokens)
     n_prompts = config.batch_size // config.group_size
-    copies = -(-n_prompts // len(records))                  # rounded up
-    encoded = encode_records(records * copies, tok, ["prompt"], block_size,
-                             reserve=config.max_new_tokens)
     return Batches(encoded, n_prompts, tok.pad_token_id, device, seed)
 
 # -----------------------------------------------------------------------------
@@ -454,7 +460,7 @@ def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=25
     block_size, device = model.config.block_size, next(model.parameters()).device
     records = [{"prompt": prompt} for prompt in prompts]    # without a file to name
     encoded = encode_records(records, tok, ["prompt"], block_size, reserve=1)["prompt"]
-    for batch in encoded.split(batch_size):
+    for batch in progress_bar(encoded.split(batch_size), "samples"):
         room = block_size - trim(batch, tok.pad_token_id, "left").size(1)
         # A long prompt must not shorten the others' responses: then each is answered by itself.
         # A batch of one has no pads, so that its own prompt is all that takes room.
@@ -529,17 +535,15 @@ def verdict_of(row):
 
 @torch.no_grad()
 def measure(policy, reference, tok, prompts, rng, autocast, reward_model=None, temperature=1.0,
-            top_k=0, top_p=1.0):
+            top_k=0, top_p=1.0, max_new_tokens=32):
     """Samples a response to each prompt and describes it, with score and kl where possible.
 
     kl is log pi - log pi_ref, summed over the response. pi is the distribution that was sampled.
     pi_ref has the same temperature but no filter: a filtered reference gives probability 0 to
     tokens that another policy writes, and every such kl would be infinite."""
     rows = []
-    batches = respond(policy, tok, prompts, rng, autocast, temperature=temperature, top_k=top_k,
-                      top_p=top_p)
-    n_batches = -(-len(prompts) // 256)                     # rounded up
-    for prompt, response in progress_bar(batches, "samples", n_batches, at_least=8):
+    for prompt, response in respond(policy, tok, prompts, rng, autocast, max_new_tokens,
+                                    temperature=temperature, top_k=top_k, top_p=top_p):
         kl = score = None                                   # unknown, unless there is a model
         with autocast():
             if reference is not None:

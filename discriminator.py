@@ -29,7 +29,15 @@ import torch.nn.functional as F
 import tyro
 
 from common import InputError, Options, Run, command_line, make_rng, setup
-from data import Batches, encode_records, pad_right, read_records, respond, tokenizer_of
+from data import (
+    Batches,
+    encode_records,
+    longest_text,
+    pad_right,
+    read_records,
+    respond,
+    tokenizer_of,
+)
 from model import (
     DISCRIMINATOR,
     GPTBlock,
@@ -217,7 +225,7 @@ def train(config):
     encoded = encode_records(reals, tok, ["prompt", "completion"], generator.config.block_size)
     prompts = [record["prompt"] for record in reals]
     fakes = []
-    for _, response in respond(generator, tok, prompts, rng, autocast):
+    for _, response in respond(generator, tok, prompts, rng, autocast, longest_text(encoded)):
         # The ids themselves: decoding and encoding again would leave traces to learn.
         fakes += [row[row != tok.pad_token_id].tolist() for row in response.cpu()]
     encoded["real"] = encoded.pop("completion")                         # (N, R)

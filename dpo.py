@@ -41,6 +41,7 @@ from data import (
     encode_records,
     format_samples,
     load_prompts,
+    longest_text,
     means,
     measure,
     read_lines,
@@ -76,7 +77,10 @@ class Config(TrainOptions):
     eval_interval: int = 100                                    # steps between two evaluations
     log_interval: int = 10                              # steps between two rows of metrics.jsonl
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
-    READ_IF: ClassVar = [("data", [""], "corpus_size noise"), ("loss", ["simpo"], "simpo_gamma"),
+    READ_IF: ClassVar = [("data", [""], "corpus_size noise"), ("data", [], "val_data"),
+                         ("online", [""], "corpus_size noise"),
+                         ("online", [], "group_size max_new_tokens"),
+                         ("loss", ["simpo"], "simpo_gamma"),
                          ("loss", ["cdpo", "robust"], "label_smoothing")]
 
 # -----------------------------------------------------------------------------
@@ -397,17 +401,16 @@ def train(config):
     # In eval mode, like the reference: dropout would add noise to every log-ratio.
     policy, reference = load_policy_and_reference(config, device)
     tok = tokenizer_of(policy)
-    reward_model = load_reward_model(config.online, device) if config.online else None
+    reward_model = load_reward_model(config.online, device, policy) if config.online else None
     records, val_records, fields = load_records(config, tok)
     # The judge's verdicts need many samples; of other texts a few are read.
     n_samples = 64 if config.data else 512
     val_prompts = [record["prompt"] for record in val_records[:n_samples]]
     block_size = policy.config.block_size
     reserve = config.max_new_tokens if config.online else 0
-    if config.online:                                       # prompts may come again and again
-        records = records * -(-config.batch_size // len(records))       # rounded up
     encoded = encode(records, tok, fields, block_size, reserve)
     val_encoded = encode(val_records, tok, fields, block_size, reserve)
+    longest = config.max_new_tokens if config.online else longest_text(encoded)     # sample
     batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed,
                       few_shapes=config.compile)
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
@@ -440,7 +443,8 @@ def train(config):
             if reward_model is None:
                 held_out = evaluate(policy, reference, val, config, autocast)
             # The loss says how well it ranks; only its samples say how well it writes.
-            rows = measure(policy, reference, tok, val_prompts, rng, autocast, reward_model)
+            rows = measure(policy, reference, tok, val_prompts, rng, autocast, reward_model,
+                           max_new_tokens=longest)
             run.log(**held_out, **means(rows))
             run.write(format_samples(rows), rows)
 

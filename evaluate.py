@@ -23,6 +23,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import tyro
 from matplotlib.figure import Figure
@@ -53,7 +54,10 @@ class Config(Options):
     temperature: float = 1.0                            # of the sampling, and of every log-prob
     top_k: int = 0              # sample among that many most likely tokens; 0 is all
     top_p: float = 1.0          # sample among the most likely tokens that have this mass
+    max_new_tokens: int = 32                            # longest completion
     compare: str = ""           # a folder of runs: only combines their reports into one table
+    READ_IF: ClassVar = [("compare", [""], "out_dir reference reward data samples best_of "
+                          "temperature top_k top_p max_new_tokens")]
 
 # -----------------------------------------------------------------------------
 # arithmetic
@@ -152,7 +156,8 @@ def best_of(groups, n):
     """The completion with the best score among the first n of each group. Its kl is a bound."""
     # The proxy picks; the judge's columns then say what that is worth.
     best = [max(group[:n], key=lambda row: row["score"]) for group in groups]
-    return [row | {"kl": best_of_n_kl(n)} for row in best]
+    # A draw itself has a kl if it was filtered (top-k, top-p).
+    return [row | {"kl": row["kl"] + best_of_n_kl(n)} for row in best]
 
 
 def training_curve(path):
@@ -193,11 +198,11 @@ def load_prompts(config, tok):
 
 
 def evaluate(config):
-    """Samples every policy. Returns (report, samples): {"p0", "rows", "curves"}, and the
+    """Samples every policy. Returns (report, samples): {"p0", "rows", "curves", ...}, and the
     completions of each policy, {policy: rows}."""
     device, autocast = setup(config)
     reference = load_model(config.reference, device)
-    reward_model = load_reward_model(config.reward, device)
+    reward_model = load_reward_model(config.reward, device, reference)
     tok = tokenizer_of(reference)
     prompts = load_prompts(config, tok)                                 # every policy gets these
     folders = find_policies(config, reference)
@@ -205,7 +210,8 @@ def evaluate(config):
     # The same prompts and the same seed for every policy: what differs is the policy.
     def draw(model, prompts):
         return measure(model, reference, tok, prompts, make_rng(device, config.seed), autocast,
-                       reward_model, config.temperature, config.top_k, config.top_p)
+                       reward_model, config.temperature, config.top_k, config.top_p,
+                       config.max_new_tokens)
 
     # -- the SFT policy and best of n share their draws: `most` completions for each of a few
     # prompts, so that best of n can pick from every group of n.
@@ -214,11 +220,12 @@ def evaluate(config):
     drawn = draw(reference, [prompt for prompt in few for _ in range(most)])
     p0 = sum(row.get("pun", math.nan) for row in drawn) / len(drawn)
     is_filtered = config.top_k > 0 or config.top_p < 1 or config.temperature == 0
-    bound_p0 = math.nan if is_filtered else p0          # kl is measured to the unfiltered policy
+    if is_filtered:
+        p0 = math.nan       # kl is measured to the unfiltered policy, whose pun rate is unknown
     rows, samples, curves = [], {}, {}                      # of the table, the page, the figure
 
     def add(name, completions):
-        rows.append(summarize(name, completions, bound_p0))             # a row of the table
+        rows.append(summarize(name, completions, p0))             # a row of the table
         samples[name] = completions                         # kept whole, for report_samples.jsonl
         print(format_row(rows[-1]), flush=True)
 
@@ -236,7 +243,8 @@ def evaluate(config):
         add(folder.name, draw(load_model(folder / "ckpt.pt", device), prompts))
         if config.temperature == 1 and not is_filtered:     # as in training, or kl is another
             curves[folder.name] = training_curve(folder / "metrics.jsonl")
-    return {"p0": None if math.isnan(p0) else p0, "rows": rows, "curves": curves}, samples
+    how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    return {"p0": None if math.isnan(p0) else p0, "rows": rows, "curves": curves} | how, samples
 
 # -----------------------------------------------------------------------------
 # the report
@@ -282,8 +290,9 @@ def markdown_table(header, lines):
 def markdown(report, samples):
     """The report as a page: the table, and ten completions of each policy."""
     table = markdown_table(["policy", *COLUMNS], [format_cells(row) for row in report["rows"]])
-    lines = ["Made by `python evaluate.py`; intervals are 95 % over completions.", "", table,
-             "For best of n, kl is the bound ln n - (n - 1)/n.",
+    how = ", ".join(f"{name} {report[name]:g}" for name in ("temperature", "top_k", "top_p"))
+    lines = [f"Made by `python evaluate.py` at {how}; intervals are 95 % over completions.", "",
+             table, "For best of n, kl is the bound ln n - (n - 1)/n, plus that of filtered draws.",
              "The first completions of each policy, not picked; * is a pun:", ""]
     for name, rows in samples.items():
         lines += [f"**{name}**", ""]

@@ -87,6 +87,8 @@ class Config(Options):
     missing_eos_penalty: float = 1.0
     sample_interval: int = 20                           # rounds between two samples on screen
     READ_IF: ClassVar = [("data", [""], "corpus_size"), ("estimator", ["gumbel"], "tau"),
+                         ("estimator", ["reinforce"], "ppo_epochs baseline gamma lam loss "
+                          "clip_range clip_range_high target_kl vf_coef missing_eos_penalty"),
                          ("baseline", ["critic"], "gamma lam vf_coef")]
 
 # -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import InputError, atomic_write
+from common import InputError, atomic_write, progress_bar
 
 
 @dataclass(slots=True)
@@ -687,7 +687,7 @@ def sample_responses(model, prompt, max_new_tokens, temperature=1.0, top_k=0, to
     chosen = torch.zeros_like(u)                        # pads cost no log-prob
     rows = torch.arange(B, device=device)               # those that are still computed, N of them
     done = torch.zeros_like(rows, dtype=torch.bool)     # those of them that have ended
-    for t in range(max_new_tokens):
+    for t in progress_bar(range(max_new_tokens), "tokens"):
         logp = sampling_logprobs(model.head(x), temperature, top_k, top_p)  # (N, V)
         token = sample(logp, u[rows, t])                                    # (N,)
         token_logp = logp.take_along_dim(token[:, None], 1).squeeze(1)      # (N,)
@@ -876,9 +876,15 @@ def load_model(path, device="cpu"):
     return model.to(device).eval()
 
 
-def load_reward_model(path, device="cpu"):
-    """The reward model of a checkpoint, in eval mode. Raises what read_checkpoint() raises."""
+def load_reward_model(path, device="cpu", policy=None):
+    """The reward model of a checkpoint, in eval mode. policy: whose texts it will read.
+
+    Raises what read_checkpoint() raises, and InputError if the policy's ids mean other tokens."""
     checkpoint = read_checkpoint(path, REWARD_MODEL)
+    fingerprint = checkpoint["tokenizer_fingerprint"]
+    if policy is not None and fingerprint != policy.tokenizer_fingerprint:
+        raise InputError(f"{path} has another tokenizer than the language model whose texts it "
+                         "would score: train it from the same one")
     reward_model = RewardModel(rebuild(checkpoint, path), "likelihood" in checkpoint["model"])
     reward_model.load_state_dict(checkpoint["model"])
     return reward_model.to(device).eval()

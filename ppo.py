@@ -330,11 +330,7 @@ def make_score_fn(config, policy, tok, reward_fn, device):
     if reward_fn is None and config.lora:
         return load_reward_adapter(Path(config.reward).with_name("adapter.pt"), policy, config)
     if reward_fn is None:
-        reward_model = load_reward_model(config.reward, device)
-        if reward_model.model.tokenizer_fingerprint != policy.tokenizer_fingerprint:
-            raise InputError(f"{config.reward} has another tokenizer than {config.init}: train it "
-                             "from the same model")
-        return reward_model
+        return load_reward_model(config.reward, device, policy)
 
     def score_fn(prompt, response):
         prompts = [tok.decode(row) for row in prompt]                   # strings

@@ -244,7 +244,7 @@ class World:
         kinds = rng.choices(list(mix), mix.values(), k=n)
         records = []
         draws = zip(things, kinds, strict=True)
-        for thing, kind in progress_bar(draws, "corpus", n, at_least=50_000):
+        for thing, kind in progress_bar(draws, "corpus", n):
             text = self.write(rng, thing, kind)
             records.append({"prompt": self.prompt(thing), "completion": " " + text})
         return records

@@ -20,6 +20,7 @@ no training set contains. Only differences of scores mean something: Bradley-Ter
 """
 
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import ClassVar
 
 import torch
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 import tyro
 
 from common import InputError, Run, TrainOptions, command_line, make_rng, setup
-from data import Batches, encode_records, respond, tokenizer_of, train_and_val
+from data import Batches, encode_records, longest_text, respond, tokenizer_of, train_and_val
 from lora import prepare, save_trained
 from model import RewardModel, load_model
 from optim import adamw, compile_step, optimizer_step, set_lr
@@ -54,7 +55,8 @@ class Config(TrainOptions):
     eval_interval: int = 100                                    # steps between two evaluations
     log_interval: int = 20                              # steps between two rows of metrics.jsonl
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
-    READ_IF: ClassVar = [("data", [""], "corpus_size noise"),
+    READ_IF: ClassVar = [("data", [""], "corpus_size noise"), ("data", [], "val_data"),
+                         ("loss", ["pairwise"], "noise"),
                          ("loss", ["pairwise", "ranking"], "margin centering")]
 
 # -----------------------------------------------------------------------------
@@ -277,11 +279,13 @@ def train(config):
 
     # -- normalize: samples of the SFT model get mean 0 and standard deviation 1
     reward_model.eval()                                                 # no dropout
-    prompts = [record["prompt"] for record in (records * 2)[:2000]]
+    n_samples = 400 if config.data else 2000        # of 400 the standard error is .05
+    prompts = [record["prompt"] for record in islice(cycle(records), n_samples)]
     sft_model, rng = load_model(config.init, device), make_rng(device, config.seed)
     scores = []
     with torch.no_grad(), autocast():
-        for prompt, response in respond(sft_model, tok, prompts, rng, autocast):
+        for prompt, response in respond(sft_model, tok, prompts, rng, autocast,
+                                        longest_text(encoded)):
             scores.append(reward_model(prompt, response))                   # (B,)
     # A policy at its start then scores 0 ± 1, whatever the reward model.
     reward_model.normalize(torch.cat(scores).float().cpu())

@@ -15,6 +15,7 @@ and kl = log pi - log pi_sft of the response in nats, where these exist.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import tyro
 
@@ -35,6 +36,8 @@ class Config(Options):
     temperature: float = 1.0    # 0 takes the most likely token
     top_k: int = 0              # sample among that many most likely tokens; 0 is all
     top_p: float = 1.0          # sample among the most likely tokens that have this mass
+    max_new_tokens: int = 32                # longest sample
+    READ_IF: ClassVar = [("best_to", [], "data"), ("best_to", [""], "prompt")]
 
 
 def find_policies(folder):
@@ -64,7 +67,7 @@ def write(policies, reference, reward_model, text, config, device, autocast):
         # The same seed for every policy: what differs is the policy.
         rows = measure(policy, reference if usable else None, tok, prompts, rng, autocast,
                        reward_model if usable else None, config.temperature, config.top_k,
-                       config.top_p)
+                       config.top_p, config.max_new_tokens)
         print(f"\n{path}\n{format_samples(rows, config.n)}")
 
 
@@ -73,8 +76,9 @@ def write_best(policy, reward_model, config, device, autocast):
     tok = tokenizer_of(policy)
     prompts = [record["prompt"] for record in load_prompts(config, tok)]
     repeated = [prompt for prompt in prompts for _ in range(config.n)]
-    rows = measure(policy, None, tok, repeated, make_rng(device, config.seed),
-                   autocast, reward_model, config.temperature, config.top_k, config.top_p)
+    rows = measure(policy, None, tok, repeated, make_rng(device, config.seed), autocast,
+                   reward_model, config.temperature, config.top_k, config.top_p,
+                   config.max_new_tokens)
     records = []
     for i, prompt in enumerate(prompts):
         samples = rows[i * config.n:(i + 1) * config.n]     # neighbors share their prompt
@@ -96,12 +100,13 @@ def main(config):
     reward_path = Path(config.runs, "reward_model", "ckpt.pt")
     if reference_path.exists():
         reference = load_model(reference_path, device)
-    if reference is not None and reward_path.exists():
-        reward_model = load_reward_model(reward_path, device)
+    first = next(iter(policies.values()))
+    reads = first if config.best_to else reference          # whose texts it scores
+    if reads is not None and reward_path.exists():
+        reward_model = load_reward_model(reward_path, device, reads)
     if config.best_to:
         if reward_model is None:
-            raise InputError(f"--best_to needs {reference_path} and {reward_path}, which scores")
-        first = next(iter(policies.values()))
+            raise InputError(f"--best_to needs {reward_path}, which scores")
         write_best(first, reward_model, config, device, autocast)
         return
     if config.prompt:

@@ -29,6 +29,7 @@ from data import (
     Batches,
     encode_records,
     format_samples,
+    longest_text,
     means,
     measure,
     tokenizer,
@@ -69,7 +70,7 @@ class Config(TrainOptions):
     eval_interval: int | None = None    # steps between two evaluations; None: 500, --init an epoch
     log_interval: int = 25      # steps between two rows of metrics.jsonl
     compile: bool = False       # torch.compile the training step: slow to start, pays on a GPU
-    READ_IF: ClassVar = [("data", [""], "corpus_size"), ("init", [""],
+    READ_IF: ClassVar = [("data", [""], "corpus_size"), ("data", [], "val_data"), ("init", [""],
                          "tokenizer arch n_layer n_head n_embd n_inner block_size dropout")]
 
 
@@ -204,7 +205,8 @@ def train(config):
                     grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
             # What the loss cannot show: are the samples English, on topic, and funny?
-            rows = measure(model, None, tok, val_prompts, rng, autocast)
+            rows = measure(model, None, tok, val_prompts, rng, autocast,
+                           max_new_tokens=longest_text(encoded))
             val_nll = evaluate(model, val, autocast, config.batch_size)
             run.log(val_nll=val_nll, **means(rows))
             run.write(format_samples(rows), rows)

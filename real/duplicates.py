@@ -69,7 +69,7 @@ def group(texts_of_records, threshold=0.45, rarest=6):
     total = [sum(weight[word] for word in words) for words in sets]
 
     texts_with = collections.defaultdict(list)      # word -> earlier texts with it in their prefix
-    for k, words in enumerate(progress_bar(sets, "near-copies", len(sets), at_least=5000)):
+    for k, words in enumerate(progress_bar(sets, "near-copies")):
         prefix, rest = [], total[k]
         for word in heapq.nsmallest(rarest, words, key=lambda word: (count[word], word)):
             if rest < threshold * total[k] - 1e-9:

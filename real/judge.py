@@ -160,7 +160,7 @@ class Judge:
         try:
             running = [pool.submit(self.judge, question) for question in new]
             finished = concurrent.futures.as_completed(running)
-            for future in progress_bar(finished, "judge", len(running), at_least=1):
+            for future in progress_bar(finished, "judge", len(running)):
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)      # questions under way are still kept

@@ -258,7 +258,7 @@ def read_key(path, a, b, n, data="", seed=0):
     is none, with n pairs. Raises InputError if it is of other policies."""
     if not path.exists():
         drawn = itertools.islice(pairs(a, b, data, seed), n)
-        drawn = progress_bar(drawn, "pairs", n, at_least=1)
+        drawn = progress_bar(drawn, "pairs", n)
         write_jsonl(path, [{"prompt": prompt, a: x, b: y} for prompt, x, y in drawn])
     key = read_jsonl(path)
     if not all(row.keys() == {"prompt", a, b} for row in key):

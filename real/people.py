@@ -51,6 +51,7 @@ from reward_model import score_texts
 from sample import find_policies
 
 WORDS = Path(__file__).with_name("words.txt")
+MAX_NEW_TOKENS = 64         # of a sample; nearly all puns of people are shorter
 
 
 @dataclass(slots=True)
@@ -176,7 +177,8 @@ def sample_sft(config, puns, seed):
     device, autocast = setup(config)
     model = load_model(Path(config.out_dir, "sft", "ckpt.pt"), device)
     prompts = list(dict.fromkeys(record["prompt"] for record in completions(puns)))
-    texts = complete(model, tokenizer_of(model), prompts, make_rng(device, seed), autocast)
+    texts = complete(model, tokenizer_of(model), prompts, make_rng(device, seed), autocast,
+                     max_new_tokens=MAX_NEW_TOKENS)
     return dict(zip(prompts, texts, strict=True))
 
 
@@ -264,7 +266,8 @@ def draw_samples(path, prompts, judges, config, autocast):
     device = next(reference.parameters()).device
     policy = load_model(path, device)
     tok = tokenizer_of(policy)
-    rows = measure(policy, reference, tok, prompts, make_rng(device, config.seed), autocast, proxy)
+    rows = measure(policy, reference, tok, prompts, make_rng(device, config.seed), autocast, proxy,
+                   max_new_tokens=MAX_NEW_TOKENS)
     texts = [row["text"] for row in rows]
     scores = score_texts(gold, tok, prompts, texts, autocast)
     return [row | {"gold": score} for row, score in zip(rows, scores.tolist(), strict=True)]

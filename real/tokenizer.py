@@ -44,7 +44,7 @@ def train_bpe(texts, vocab_size, pattern=WORDS, ranks=None):
         pieces.append(([start.decode_single_token_bytes(i) for i in ids], n))
 
     n_merges = vocab_size - len(ranks)
-    for _ in progress_bar(range(n_merges), "merges", n_merges, at_least=100):
+    for _ in progress_bar(range(n_merges), "merges"):
         pairs = collections.Counter()
         for tokens, n in pieces:
             for pair in zip(tokens, tokens[1:], strict=False):

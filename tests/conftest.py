@@ -119,7 +119,8 @@ def readable(module, options):
     """The options without those that others make useless: a stage would refuse them."""
     defaults = {field.name: field.default for field in dataclasses.fields(module.Config)}
     for option, values, names in getattr(module.Config, "READ_IF", []):
-        if options.get(option, defaults[option]) not in values:
+        value = options.get(option, defaults[option])
+        if value not in values and (values or value == ""):
             options = {name: value for name, value in options.items() if name not in names.split()}
     return options
 

@@ -84,12 +84,16 @@ def test_an_option_without_effect_is_refused():
     for module, changes, message in [
             (sft, dict(init="x", n_layer=9), "--n_layer has no effect with --init x: leave one"),
             (dpo, dict(data="x", noise=0.1), "--noise has no effect with --data x"),
+            (dpo, dict(online="x", noise=0.1), "--noise has no effect with --online x"),
+            (dpo, dict(online="x", corpus_size=9), "--corpus_size has no effect with --online x"),
+            (dpo, dict(group_size=9), "--group_size has no effect without --online"),
+            (sft, dict(val_data="x"), "--val_data has no effect without --data"),
             (dpo, dict(simpo_gamma=1.0), "--simpo_gamma has no effect with --loss dpo"),
             (ppo, dict(baseline="rloo", lam=0.5), "--lam has no effect with --baseline rloo"),
             (gan, dict(tau=0.5), "--tau has no effect with --estimator reinforce")]:
         with pytest.raises(InputError, match=message):
             common.check_options(module.Config(**changes))
-    common.check_options(dpo.Config(loss="simpo", simpo_gamma=1.0))
+    common.check_options(dpo.Config(loss="simpo", simpo_gamma=1.0, data="x", val_data="x"))
 
 
 @pytest.mark.parametrize("dtype, has_bf16, expected", [

@@ -208,8 +208,21 @@ def test_each_record_comes_at_most_once_an_epoch():
     assert len(set(epochs)) == 12                               # each in an order of its own
     assert set(sum(epochs, ())) == set(range(23))               # the rest has its turn later
     assert numbers(batches_of().next()) != numbers(batches_of(seed=4).next())
-    with pytest.raises(InputError, match="24 needs as many .* has 23: lower --batch_size"):
-        batches_of(batch_size=24)
+
+
+def test_few_records_repeat_in_a_batch(capsys):
+    """Each of 3 records comes twice or three times in a batch of 8, and two of them in one of 2."""
+    batches, seen = batches_of(n=3, batch_size=8), []
+    for _ in range(9):
+        rows = numbers(batches.next())
+        assert len(rows) == 8 and sorted(map(rows.count, range(3))) == [2, 3, 3]
+        seen.append(rows)
+    assert len(set(map(tuple, seen))) > 1
+    assert capsys.readouterr().out == "a batch of 8 repeats records: there are 3\n"
+    assert len(set(numbers(batches_of(n=3, batch_size=2).next()))) == 2
+    assert not capsys.readouterr().out
+    with pytest.raises(InputError, match="too few records"):
+        batches_of(n=0)
 
 
 def test_fields_travel_together_and_columns_of_pads_are_dropped():

@@ -11,7 +11,7 @@ import dpo
 from common import InputError, read_jsonl
 from data import Batches, encode_records, tokenizer, tokenizer_of
 from dpo import LOSSES, Labeled, Pair, losses_of
-from model import load_model, logprobs
+from model import RewardModel, load_model, logprobs, save_model
 from puns import world
 
 
@@ -234,7 +234,7 @@ def test_online_dpo_learns_what_the_reward_model_likes(tmp_path, sft_ckpt, monke
     def reward(prompt, response):
         return -(response != tok.pad_token_id).sum(dim=1).float()
 
-    monkeypatch.setattr(dpo, "load_reward_model", lambda path, device: reward)
+    monkeypatch.setattr(dpo, "load_reward_model", lambda path, device, policy: reward)
     prompts = [{"prompt": f"About a {thing}:"} for thing in THINGS]
     rows = run_of(tmp_path, sft_ckpt, data=records(tmp_path / "prompts.jsonl", prompts),
                   val_data="", online="short.pt", max_new_tokens=12, max_steps=16,
@@ -244,6 +244,14 @@ def test_online_dpo_learns_what_the_reward_model_likes(tmp_path, sft_ckpt, monke
     assert steps[-1]["score"] > steps[0]["score"] + 2 and -12 <= steps[0]["score"] < -6
     assert rows[-1]["length"] == -rows[-1]["score"] < 6 and "val_loss" not in rows[-1]
     assert len(dpo.load_records(config(online="x"), tokenizer())[0]) == len(world().things)
+
+
+def test_online_dpo_needs_a_reward_model_of_the_same_tokens(tmp_path, sft_ckpt, tok):
+    save_model(tmp_path / "reward.pt", RewardModel(load_model(sft_ckpt)), tok)
+    saved = torch.load(tmp_path / "reward.pt", weights_only=True)
+    torch.save(saved | {"tokenizer_fingerprint": "other"}, tmp_path / "reward.pt")
+    with pytest.raises(InputError, match="reward.pt has another tokenizer than"):
+        run_of(tmp_path, sft_ckpt, online=str(tmp_path / "reward.pt"))
 
 
 def test_options_of_the_optimizer_and_of_the_losses(tmp_path, sft_ckpt):

@@ -1,6 +1,7 @@
 """The report: every column by hand, and the table, page and figure that are written."""
 
 import collections
+import dataclasses
 import json
 import math
 import random
@@ -92,6 +93,8 @@ def test_best_of_takes_the_best_of_the_first_n():
     assert [r["text"] for r in best_of(groups, 4)] == ["a3", "b3"]
     assert [r["kl"] for r in best_of(groups, 2)] == [best_of_n_kl(2)] * 2
     assert groups[0][1]["kl"] == 0                  # the draw itself is not touched
+    filtered = [[row(kl=0.3), row(score=1.0, kl=0.5)]]
+    assert best_of(filtered, 2)[0]["kl"] == 0.5 + best_of_n_kl(2)
 
 
 def test_every_column_by_hand():
@@ -191,13 +194,14 @@ def test_options_of_the_sampling(runs, tmp_path):
     folder, config = runs
     data = records(tmp_path / "prompts.jsonl", [{"prompt": "About a banker:"}, {"prompt": "Hi"}])
     for changes in (dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6)):
-        options = {name: getattr(config, name) for name in config.__dataclass_fields__}
-        options |= dict(data=data, samples=4, best_of=(), **changes)
-        report, samples = evaluate.evaluate(evaluate.Config(**options))
+        changes |= dict(data=data, samples=4, best_of=(), max_new_tokens=2)
+        report, samples = evaluate.evaluate(dataclasses.replace(config, **changes))
         assert {sample["prompt"] for sample in samples["ppo"]} == {"About a banker:", "Hi"}
         assert len({sample["text"] for sample in samples["ppo"]}) <= 2
+        assert all(sample["length"] <= 2 for sample in samples["ppo"])
         assert [r["policy"] for r in report["rows"]] == ["sft", "ppo"]
-        assert report["rows"][1]["min_kl"] is None and report["curves"] == {}
+        assert report["rows"][1]["min_kl"] is report["p0"] is None and report["curves"] == {}
+        assert all(math.isfinite(sample["kl"]) for sample in samples["ppo"])
 
 # -----------------------------------------------------------------------------
 # --compare

@@ -97,10 +97,13 @@ def test_prompts_are_asked_for(runs, capsys, monkeypatch):
 def test_another_tokenizer_gets_no_score(runs, capsys, sft_ckpt, tok, monkeypatch):
     """Its ids mean other tokens to the reference and the reward model."""
     add_reward_model(sft_ckpt, tok)
-    saved = torch.load(sft_ckpt, weights_only=True)
-    torch.save(saved | {"tokenizer_fingerprint": "other"}, "runs/sft/ckpt.pt")
+    for path in ("runs/sft/ckpt.pt", "runs/reward_model/ckpt.pt"):
+        saved = torch.load(path, weights_only=True)
+        torch.save(saved | {"tokenizer_fingerprint": "other"}, path)
     out = output_of(capsys, prompt="a banker", policies=("runs/ppo/ckpt.pt",))
     assert "About a banker:" in out and "kl" not in out and "score" not in out
+    with pytest.raises(InputError, match="another tokenizer than"):
+        output_of(capsys, best_to="best.jsonl", policies=("runs/ppo/ckpt.pt",))
 
 
 def test_no_policy_is_an_error(tmp_path, monkeypatch):
