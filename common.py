@@ -50,10 +50,15 @@ def command_line(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        path = error.filename2 or error.filename            # not the temporary file
+        where = f"{path}: " if path else ""
         advice = ADVICE.get(error.errno, "")
         sys.exit(_report(f"{where}{error.strerror or error}{advice}", 2))
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch says so in words alone.
+        is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_full and "can't allocate memory" not in str(error):
+            raise
         sys.exit(_report("the memory is full: lower --batch_size (or --minibatch_size)", 2))
     except KeyboardInterrupt:
         sys.exit(_report("stopped; the same command resumes from the last saved state", 130))
@@ -68,6 +73,7 @@ ADVICE = {errno.ENOSPC: ": make room, then give the same command again",
           errno.EPERM: ": change its permissions, or choose another place",
           errno.EROFS: ": choose another place",
           errno.ENOTDIR: ": a file stands where a folder is needed; choose another folder",
+          errno.EISDIR: ": a folder stands where a file is needed; choose another name",
           errno.EEXIST: ": a file stands where a folder is needed; choose another folder"}
 
 
@@ -94,13 +100,13 @@ class TrainOptions(Options):
 # (smallest, largest) value: the numbers among the options that must be within. A name has one
 # meaning, so one table serves all stages.
 RANGES = {
-    (1, math.inf): "batch_size minibatch_size d_batch_size grad_accum group_size max_steps "
-                   "ppo_epochs eval_interval log_interval sample_interval corpus_size "
-                   "max_new_tokens n_layer n_head n_embd block_size samples n best_of",
+    (1, 1e6): "batch_size minibatch_size d_batch_size grad_accum group_size max_new_tokens n_layer "
+              "n_head n_embd block_size samples n best_of",
+    (1, math.inf): "max_steps ppo_epochs eval_interval log_interval sample_interval corpus_size",
     (0, math.inf): "lr d_lr weight_decay grad_clip warmup_steps n_inner lora top_k temperature "
-                   "beta simpo_gamma margin centering kl_coef target_kl vf_coef d_steps "
+                   "simpo_gamma margin centering kl_coef target_kl vf_coef d_steps "
                    "clip_range_high missing_eos_penalty skip_g_every",
-    (1e-6, math.inf): "tau clip_range epochs",
+    (1e-6, math.inf): "beta tau clip_range epochs",
     (-math.inf, math.inf): "likelihood",
     (1e-6, 1): "top_p",
     (0, 1): "noise label_smoothing gamma lam",
@@ -119,6 +125,8 @@ def check_options(config):
         for name in names.split():
             if name in fields:
                 check_range(name, getattr(config, name), low, high)
+    if 0 < getattr(config, "temperature", 1.0) < 1e-6:      # numbers would overflow
+        raise InputError("--temperature must be 0 or at least 1e-06")
     for option, values, names in getattr(config, "READ_IF", []):
         value = getattr(config, option)
         are_read = value in values or (not values and value != "")

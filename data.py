@@ -108,8 +108,11 @@ class JSONEncoding:
         if not path.is_file():
             raise InputError(f"there is no tokenizer '{path}': use puns, puns_large, gpt2, or the "
                              "path of a tokenizer.json")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:      # the library raises nothing more special
+            raise InputError(f"{path}: this file is no tokenizer.json: {error}") from None
         self.eos_token_id = eos_token_id
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.tokenizer.encode_special_tokens = True     # a special token's name is plain text
         self.tokenizer.no_truncation()  # a file may ask for it; our limit is block_size
 
@@ -233,8 +236,8 @@ def check_text(where, field, text):
 def check_number(where, row, field):
     value = row[field]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise InputError(f"{where}: '{field}' must be a number, and a finite one")
+    if not is_number or not -1e9 <= value <= 1e9:           # NaN is not, either
+        raise InputError(f"{where}: '{field}' must be a number from -1e9 to 1e9")
 
 
 def train_and_val(config, fields):
@@ -539,8 +542,8 @@ def measure(policy, reference, tok, prompts, rng, autocast, reward_model=None, t
     """Samples a response to each prompt and describes it, with score and kl where possible.
 
     kl is log pi - log pi_ref, summed over the response. pi is the distribution that was sampled.
-    pi_ref has the same temperature but no filter: a filtered reference gives probability 0 to
-    tokens that another policy writes, and every such kl would be infinite."""
+    pi_ref has the same temperature (1 where that is 0) but no filter: a filtered reference gives
+    probability 0 to tokens that another policy writes, and every such kl would be infinite."""
     rows = []
     for prompt, response in respond(policy, tok, prompts, rng, autocast, max_new_tokens,
                                     temperature=temperature, top_k=top_k, top_p=top_p):
@@ -548,6 +551,9 @@ def measure(policy, reference, tok, prompts, rng, autocast, reward_model=None, t
         with autocast():
             if reference is not None:
                 logp = logprobs(policy, prompt, response, temperature, top_k, top_p)
+                if logp.isinf().any():      # rounding has put a token just outside the filter
+                    plain_logp = logprobs(policy, prompt, response, temperature or 1.0)
+                    logp = torch.where(logp.isinf(), plain_logp, logp)
                 ref_logp = logprobs(reference, prompt, response, temperature or 1.0)
                 kl = (logp - ref_logp).sum(dim=1)                                   # (B,)
             if reward_model is not None:

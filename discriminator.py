@@ -45,6 +45,7 @@ from model import (
     mask_bias,
     read_checkpoint,
     rebuild,
+    rebuilding,
     save_checkpoint,
 )
 from optim import adamw, optimizer_step, set_lr
@@ -146,9 +147,10 @@ def load_discriminator(path, device="cpu"):
     """The discriminator of a checkpoint, in eval mode. Raises what read_checkpoint() raises."""
     checkpoint = read_checkpoint(path, DISCRIMINATOR)
     # The sizes come from the checkpoint, the weights right after.
-    discriminator = Discriminator(rebuild(checkpoint, path), checkpoint["lstm"],
-                                  checkpoint["reads"])
-    discriminator.load_state_dict(checkpoint["model"])
+    with rebuilding(path):
+        discriminator = Discriminator(rebuild(checkpoint, path), checkpoint["lstm"],
+                                      checkpoint["reads"])
+        discriminator.load_state_dict(checkpoint["model"])
     discriminator.tokenizer_fingerprint = checkpoint["tokenizer_fingerprint"]
     return discriminator.to(device).eval()
 

@@ -397,6 +397,8 @@ def train(config):
         raise InputError(f"--loss is one of {', '.join(LOSSES)}, not '{config.loss}'")
     if config.online and config.group_size < 2:
         raise InputError("--group_size must be 2 or more: a best and a worst of them are picked")
+    if config.loss in ("cdpo", "robust") and config.label_smoothing >= 0.5:
+        raise InputError("--label_smoothing must be below 0.5: most of the labels must be right")
     device, autocast = setup(config)
     # In eval mode, like the reference: dropout would add noise to every log-ratio.
     policy, reference = load_policy_and_reference(config, device)

@@ -36,6 +36,7 @@ from model import (
     RewardModel,
     T5Block,
     load_model,
+    read_tensors,
     save_model,
 )
 
@@ -267,7 +268,7 @@ def save_adapter(path, model, name):
 def load_adapter(path, model):
     """Puts a saved adapter and its heads, frozen, on a model with the trunk that they were
     trained on. Returns the adapter's name. Raises InputError if it is another trunk."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = read_tensors(path)
     name, (trunk, _) = saved["name"], trunk_of(model)
     if saved["trunk"] != fingerprint(trunk):
         raise InputError(f"{path}: this adapter was trained on another model than {name}'s is put "
@@ -289,7 +290,7 @@ def load_reward_adapter(path, policy, config):
         raise InputError(f"{path} does not exist: with --lora the reward model is an adapter on "
                          "the policy's trunk; make it with: python reward_model.py "
                          f"--lora {config.lora} --init {config.init}")
-    weights = torch.load(path, map_location="cpu", weights_only=True)["weights"]
+    weights = read_tensors(path)["weights"]
     reward_model = RewardModel(policy, "likelihood" in weights)
     reward_model.to(next(policy.parameters()).device)
     return AdapterView(reward_model, load_adapter(path, reward_model))

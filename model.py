@@ -16,6 +16,7 @@ Prompts are padded on the left, responses on the right, after their end token. p
 one past the last token: no model can ever emit it, and it is never the end token.
 """
 
+import contextlib
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -845,17 +846,34 @@ def read_checkpoint(path, kind=""):
         known = Path(__file__).with_name(stage).exists()
         advice = f"make it with: python {stage}" if known else "check the path"
         raise InputError(f"{path} does not exist; {advice}")
-    with open(path, "rb") as file:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever foreign or cut bytes make of the unpickling
-            raise InputError(f"{path} is damaged or is not a checkpoint of wordplay "
-                             f"({type(error).__name__}); train it again") from None
-    if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
+    checkpoint = read_tensors(path)
+    parts = {"kind", "config", "model", "tokenizer", "tokenizer_fingerprint"}
+    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
         raise InputError(f"{path} is not a checkpoint of this version of wordplay; train it again")
     if kind and checkpoint["kind"] != kind:
         raise InputError(f"{path} holds a {checkpoint['kind']}; a {kind} is needed here")
     return checkpoint
+
+
+def read_tensors(path):
+    """What torch.save() wrote to a file. Raises InputError if it is damaged or foreign."""
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever foreign or cut bytes make of the unpickling
+            raise InputError(f"{path} is damaged or is not a checkpoint of wordplay "
+                             f"({type(error).__name__}); train it again") from None
+
+
+@contextlib.contextmanager
+def rebuilding(path):
+    """In this block a model is made of a checkpoint. Raises InputError if they do not fit."""
+    try:
+        yield
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is not a checkpoint of this version of wordplay ({reason}); "
+                         "train it again") from None
 
 
 def rebuild(checkpoint, path):
@@ -871,8 +889,9 @@ def rebuild(checkpoint, path):
 def load_model(path, device="cpu"):
     """The language model of a checkpoint, in eval mode. Raises what read_checkpoint() raises."""
     checkpoint = read_checkpoint(path, LANGUAGE_MODEL)
-    model = rebuild(checkpoint, path)
-    model.load_state_dict(checkpoint["model"])
+    with rebuilding(path):
+        model = rebuild(checkpoint, path)
+        model.load_state_dict(checkpoint["model"])
     return model.to(device).eval()
 
 
@@ -881,10 +900,11 @@ def load_reward_model(path, device="cpu", policy=None):
 
     Raises what read_checkpoint() raises, and InputError if the policy's ids mean other tokens."""
     checkpoint = read_checkpoint(path, REWARD_MODEL)
-    fingerprint = checkpoint["tokenizer_fingerprint"]
+    with rebuilding(path):
+        reward_model = RewardModel(rebuild(checkpoint, path), "likelihood" in checkpoint["model"])
+        reward_model.load_state_dict(checkpoint["model"])
+    fingerprint = reward_model.model.tokenizer_fingerprint
     if policy is not None and fingerprint != policy.tokenizer_fingerprint:
         raise InputError(f"{path} has another tokenizer than the language model whose texts it "
                          "would score: train it from the same one")
-    reward_model = RewardModel(rebuild(checkpoint, path), "likelihood" in checkpoint["model"])
-    reward_model.load_state_dict(checkpoint["model"])
     return reward_model.to(device).eval()

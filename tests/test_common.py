@@ -37,6 +37,8 @@ from optim import adamw, optimizer_step
                                                      "give the same command again"),
     (PermissionError(errno.EACCES, "Denied", "x"), 2, "error: x: Denied: change its permissions, "
                                                       "or choose another place"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2,
+     "error: the memory is full: lower --batch_size (or --minibatch_size)"),
     (MemoryError(), 2, "error: the memory is full: lower --batch_size (or --minibatch_size)"),
     (KeyboardInterrupt(), 130, "stopped; the same command resumes from the last saved state")])
 def test_an_error_is_one_sentence_and_an_exit_code(capsys, error, code, message):

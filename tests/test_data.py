@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import math
 import random
 import types
 
@@ -60,9 +61,11 @@ def test_rebuilt_ranks_are_seen_and_models_of_the_old_ones_refused(tmp_path, mon
         tokenizer_of(model)
 
 
-def test_a_tokenizer_that_is_not_there(monkeypatch):
+def test_a_tokenizer_that_is_not_there(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="there is no tokenizer 'nope'"):
         tokenizer("nope")
+    with pytest.raises(InputError, match="records.jsonl: this file is no tokenizer.json: "):
+        tokenizer(records(tmp_path / "records.jsonl", [{"prompt": "p"}]))
 
     def no_network(name):
         raise ConnectionError("no route")
@@ -111,7 +114,8 @@ def test_good_records_are_read_as_they_are(tmp_path, fields):
     (["rating"], {"rating": "5"}, "'rating' must be a number"),
     (["rating"], {"rating": True}, "'rating' must be a number"),
     (["rating"], '{"rating": NaN}', "NaN is not a number"),
-    (["rating"], '{"rating": 1e999}', "'rating'")])
+    (["rating"], '{"rating": 1e999}', "'rating' must be a number from -1e9 to 1e9"),
+    (["rating"], {"rating": 10 ** 400}, "'rating' must be a number from -1e9 to 1e9")])
 def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, fields, line, reason):
     path, good = tmp_path / "bad.jsonl", json.dumps(GOOD).encode()
     if isinstance(line, dict):
@@ -297,7 +301,7 @@ def test_a_response_gets_the_room_that_its_own_prompt_leaves(tiny_model, tok):
         [*data.respond(toy(**sizes | {"block_size": n}), tok, PROMPTS, None, off)]
 
 
-def test_measure_by_hand(tiny_model, tok):
+def test_measure_by_hand(tiny_model, tok, monkeypatch):
     """kl is that of the sampled distribution; the reference has its temperature but no filter."""
     torch.manual_seed(0)
     policy, reference = awake(tiny_model), awake(toy(5, **dataclasses.asdict(tiny_model.config)))
@@ -315,6 +319,15 @@ def test_measure_by_hand(tiny_model, tok):
         assert row["kl"] == pytest.approx(kl[i].sum().item(), abs=1e-4)
         assert row["score"] == pytest.approx(scores[i].item(), abs=1e-5)
         assert row["length"] == (response[i] != tok.pad_token_id).sum().item()
+    def off_by_rounding(model, prompt, response, temperature=1.0, top_k=0, top_p=1.0):
+        logp = logprobs(model, prompt, response, temperature)
+        return torch.full_like(logp, -math.inf) if top_k else logp
+
+    monkeypatch.setattr(data, "logprobs", off_by_rounding)      # outside the filter, it seems
+    edge = measure(policy, reference, tok, PROMPTS, rng(), off, reward_model, **how)
+    monkeypatch.undo()
+    plain = logprobs(policy, prompt, response, 0.7) - logprobs(reference, prompt, response, 0.7)
+    assert [row["kl"] for row in edge] == pytest.approx(plain.sum(dim=1).tolist(), abs=1e-4)
     greedy = measure(policy, reference, tok, PROMPTS, None, off, temperature=0)
     assert all(0 < row["kl"] < 1e4 for row in greedy)           # the reference is not greedy
     assert measure(policy, policy, tok, PROMPTS, None, off)[0]["kl"] == 0

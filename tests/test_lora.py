@@ -173,6 +173,9 @@ def test_an_adapter_is_saved_alone_and_fits_its_own_trunk_alone(model, tmp_path,
     other = RewardModel(awake(load_model(tmp_path / "trunk.pt")), likelihood=0.1)
     with pytest.raises(InputError, match="this adapter was trained on another model"):
         lora.load_adapter(tmp_path / "reward.pt", other)
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "reward.pt").read_bytes()[:-500])
+    with pytest.raises(InputError, match="cut.pt is damaged"):
+        lora.load_adapter(tmp_path / "cut.pt", other)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
