@@ -135,7 +135,8 @@ def make_model(config, device):
     # From random weights: the options say how large.
     tok = tokenizer(config.tokenizer)
     if tok.vocab_size is None:
-        raise InputError("a tokenizer.json does not say its end token: --tokenizer is puns, puns_large, or gpt2")
+        raise InputError("--tokenizer is puns, puns_large or gpt2: a tokenizer.json does not say "
+                         "which token ends a text")
     model_config = ModelConfig(
         arch=config.arch, vocab_size=tok.vocab_size, eos_token_id=tok.eos_token_id,
         decoder_start_token_id=tok.eos_token_id, block_size=config.block_size,
