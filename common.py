@@ -50,14 +50,13 @@ def command_line(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        path = error.filename2 or error.filename            # not the temporary file
-        where = f"{path}: " if path else ""
+        # The second is where a temporary file should go.
+        where = f"{error.filename2 or error.filename}: " if error.filename else ""
         advice = ADVICE.get(error.errno, "")
         sys.exit(_report(f"{where}{error.strerror or error}{advice}", 2))
     except (MemoryError, RuntimeError) as error:
-        # On a CPU torch says so in words alone.
         is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not is_full and "can't allocate memory" not in str(error):
+        if not is_full and "can't allocate memory" not in str(error):       # that of a CPU
             raise
         sys.exit(_report("the memory is full: lower --batch_size (or --minibatch_size)", 2))
     except KeyboardInterrupt:
@@ -125,8 +124,6 @@ def check_options(config):
         for name in names.split():
             if name in fields:
                 check_range(name, getattr(config, name), low, high)
-    if 0 < getattr(config, "temperature", 1.0) < 1e-6:      # numbers would overflow
-        raise InputError("--temperature must be 0 or at least 1e-06")
     for option, values, names in getattr(config, "READ_IF", []):
         value = getattr(config, option)
         are_read = value in values or (not values and value != "")

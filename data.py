@@ -105,9 +105,9 @@ class JSONEncoding:
         except ImportError:
             raise InputError("pretrained models need the tokenizers library: "
                              "pip install tokenizers") from None
-        if not path.is_file():
-            raise InputError(f"there is no tokenizer '{path}': use puns, puns_large, gpt2, or the "
-                             "path of a tokenizer.json")
+        if not path.is_file() or eos_token_id is None:
+            raise InputError(f"there is no tokenizer '{path}': use puns, puns_large, gpt2, or a "
+                             "checkpoint that has its tokenizer.json beside it")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:      # the library raises nothing more special
@@ -293,7 +293,7 @@ def encode_records(records, tok, fields, block_size, reserve=0):
     return encoded
 
 
-def longest_text(encoded):
+def longest(encoded):
     """max_new_tokens for samples to compare with these texts: as many as the longest has, or 32."""
     widths = [ids.size(1) for name, ids in encoded.items() if name != "prompt" and ids.dim() == 2]
     return max(32, *widths)

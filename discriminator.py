@@ -29,15 +29,7 @@ import torch.nn.functional as F
 import tyro
 
 from common import InputError, Options, Run, command_line, make_rng, setup
-from data import (
-    Batches,
-    encode_records,
-    longest_text,
-    pad_right,
-    read_records,
-    respond,
-    tokenizer_of,
-)
+from data import Batches, encode_records, longest, pad_right, read_records, respond, tokenizer_of
 from model import (
     DISCRIMINATOR,
     GPTBlock,
@@ -45,7 +37,6 @@ from model import (
     mask_bias,
     read_checkpoint,
     rebuild,
-    rebuilding,
     save_checkpoint,
 )
 from optim import adamw, optimizer_step, set_lr
@@ -147,10 +138,9 @@ def load_discriminator(path, device="cpu"):
     """The discriminator of a checkpoint, in eval mode. Raises what read_checkpoint() raises."""
     checkpoint = read_checkpoint(path, DISCRIMINATOR)
     # The sizes come from the checkpoint, the weights right after.
-    with rebuilding(path):
-        discriminator = Discriminator(rebuild(checkpoint, path), checkpoint["lstm"],
-                                      checkpoint["reads"])
-        discriminator.load_state_dict(checkpoint["model"])
+    discriminator = Discriminator(rebuild(checkpoint, path), checkpoint["lstm"],
+                                  checkpoint["reads"])
+    discriminator.load_state_dict(checkpoint["model"])
     discriminator.tokenizer_fingerprint = checkpoint["tokenizer_fingerprint"]
     return discriminator.to(device).eval()
 
@@ -227,7 +217,7 @@ def train(config):
     encoded = encode_records(reals, tok, ["prompt", "completion"], generator.config.block_size)
     prompts = [record["prompt"] for record in reals]
     fakes = []
-    for _, response in respond(generator, tok, prompts, rng, autocast, longest_text(encoded)):
+    for _, response in respond(generator, tok, prompts, rng, autocast, longest(encoded)):
         # The ids themselves: decoding and encoding again would leave traces to learn.
         fakes += [row[row != tok.pad_token_id].tolist() for row in response.cpu()]
     encoded["real"] = encoded.pop("completion")                         # (N, R)

@@ -41,7 +41,7 @@ from data import (
     encode_records,
     format_samples,
     load_prompts,
-    longest_text,
+    longest,
     means,
     measure,
     read_lines,
@@ -412,7 +412,7 @@ def train(config):
     reserve = config.max_new_tokens if config.online else 0
     encoded = encode(records, tok, fields, block_size, reserve)
     val_encoded = encode(val_records, tok, fields, block_size, reserve)
-    longest = config.max_new_tokens if config.online else longest_text(encoded)     # sample
+    n_new = config.max_new_tokens if config.online else longest(encoded)    # tokens of a sample
     batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed,
                       few_shapes=config.compile)
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
@@ -446,7 +446,7 @@ def train(config):
                 held_out = evaluate(policy, reference, val, config, autocast)
             # The loss says how well it ranks; only its samples say how well it writes.
             rows = measure(policy, reference, tok, val_prompts, rng, autocast, reward_model,
-                           max_new_tokens=longest)
+                           max_new_tokens=n_new)
             run.log(**held_out, **means(rows))
             run.write(format_samples(rows), rows)
 

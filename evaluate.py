@@ -22,8 +22,8 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from typing import ClassVar
 
 import tyro
 from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ from common import (
     setup,
     write_jsonl,
 )
-from data import measure, read_records, tokenizer_of, verdict_of
+from data import load_prompts, measure, tokenizer_of, verdict_of
 from model import LANGUAGE_MODEL, load_model, load_reward_model, read_checkpoint
 
 
@@ -56,8 +56,6 @@ class Config(Options):
     top_p: float = 1.0          # sample among the most likely tokens that have this mass
     max_new_tokens: int = 32                            # longest completion
     compare: str = ""           # a folder of runs: only combines their reports into one table
-    READ_IF: ClassVar = [("compare", [""], "out_dir reference reward data samples best_of "
-                          "temperature top_k top_p max_new_tokens")]
 
 # -----------------------------------------------------------------------------
 # arithmetic
@@ -186,25 +184,16 @@ def find_policies(config, reference):
     return folders
 
 
-def load_prompts(config, tok):
-    """config.samples prompts, as strings, which repeat if there are fewer."""
-    if config.data:
-        prompts = [record["prompt"] for record in read_records(config.data, ["prompt"])]
-    else:
-        prompts = list(tok.world.by_prompt)
-    random.Random(0).shuffle(prompts)            # so that the first few are of many topics
-    copies = -(-config.samples // len(prompts))  # rounded up
-    return (prompts * copies)[:config.samples]
-
-
 def evaluate(config):
-    """Samples every policy. Returns (report, samples): {"p0", "rows", "curves", ...}, and the
-    completions of each policy, {policy: rows}."""
+    """Samples every policy. Returns (report, samples): {"p0", "rows", "curves", "sampling"}, and
+    the completions of each policy, {policy: rows}."""
     device, autocast = setup(config)
     reference = load_model(config.reference, device)
     reward_model = load_reward_model(config.reward, device, reference)
     tok = tokenizer_of(reference)
-    prompts = load_prompts(config, tok)                                 # every policy gets these
+    prompts = [record["prompt"] for record in load_prompts(config, tok)]
+    random.Random(0).shuffle(prompts)               # so that the first few are of many topics
+    prompts = list(islice(cycle(prompts), config.samples))              # every policy gets these
     folders = find_policies(config, reference)
 
     # The same prompts and the same seed for every policy: what differs is the policy.
@@ -220,8 +209,7 @@ def evaluate(config):
     drawn = draw(reference, [prompt for prompt in few for _ in range(most)])
     p0 = sum(row.get("pun", math.nan) for row in drawn) / len(drawn)
     is_filtered = config.top_k > 0 or config.top_p < 1 or config.temperature == 0
-    if is_filtered:
-        p0 = math.nan       # kl is measured to the unfiltered policy, whose pun rate is unknown
+    p0 = math.nan if is_filtered else p0                # kl is measured to the unfiltered policy
     rows, samples, curves = [], {}, {}                      # of the table, the page, the figure
 
     def add(name, completions):
@@ -243,8 +231,9 @@ def evaluate(config):
         add(folder.name, draw(load_model(folder / "ckpt.pt", device), prompts))
         if config.temperature == 1 and not is_filtered:     # as in training, or kl is another
             curves[folder.name] = training_curve(folder / "metrics.jsonl")
-    how = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-    return {"p0": None if math.isnan(p0) else p0, "rows": rows, "curves": curves} | how, samples
+    how = f"temperature {config.temperature:g}, top_k {config.top_k}, top_p {config.top_p:g}"
+    p0 = None if math.isnan(p0) else p0
+    return {"p0": p0, "rows": rows, "curves": curves, "sampling": how}, samples
 
 # -----------------------------------------------------------------------------
 # the report
@@ -290,9 +279,9 @@ def markdown_table(header, lines):
 def markdown(report, samples):
     """The report as a page: the table, and ten completions of each policy."""
     table = markdown_table(["policy", *COLUMNS], [format_cells(row) for row in report["rows"]])
-    how = ", ".join(f"{name} {report[name]:g}" for name in ("temperature", "top_k", "top_p"))
-    lines = [f"Made by `python evaluate.py` at {how}; intervals are 95 % over completions.", "",
-             table, "For best of n, kl is the bound ln n - (n - 1)/n, plus that of filtered draws.",
+    lines = [f"Made by `python evaluate.py` at {report['sampling']}; intervals are 95 % over "
+             "completions.", "", table,
+             "For best of n, kl is the bound ln n - (n - 1)/n, plus the kl of a filtered draw.",
              "The first completions of each policy, not picked; * is a pun:", ""]
     for name, rows in samples.items():
         lines += [f"**{name}**", ""]

@@ -16,7 +16,6 @@ Prompts are padded on the left, responses on the right, after their end token. p
 one past the last token: no model can ever emit it, and it is never the end token.
 """
 
-import contextlib
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -848,7 +847,8 @@ def read_checkpoint(path, kind=""):
         raise InputError(f"{path} does not exist; {advice}")
     checkpoint = read_tensors(path)
     parts = {"kind", "config", "model", "tokenizer", "tokenizer_fingerprint"}
-    if not isinstance(checkpoint, dict) or not parts <= checkpoint.keys():
+    if (not isinstance(checkpoint, dict) or not parts <= checkpoint.keys()
+            or checkpoint["config"].keys() != set(ModelConfig.__slots__)):
         raise InputError(f"{path} is not a checkpoint of this version of wordplay; train it again")
     if kind and checkpoint["kind"] != kind:
         raise InputError(f"{path} holds a {checkpoint['kind']}; a {kind} is needed here")
@@ -865,17 +865,6 @@ def read_tensors(path):
                              f"({type(error).__name__}); train it again") from None
 
 
-@contextlib.contextmanager
-def rebuilding(path):
-    """In this block a model is made of a checkpoint. Raises InputError if they do not fit."""
-    try:
-        yield
-    except (TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a checkpoint of this version of wordplay ({reason}); "
-                         "train it again") from None
-
-
 def rebuild(checkpoint, path):
     """A new language model with the config and tokenizer of a checkpoint, its weights random."""
     model = build_model(ModelConfig(**checkpoint["config"]))
@@ -889,9 +878,8 @@ def rebuild(checkpoint, path):
 def load_model(path, device="cpu"):
     """The language model of a checkpoint, in eval mode. Raises what read_checkpoint() raises."""
     checkpoint = read_checkpoint(path, LANGUAGE_MODEL)
-    with rebuilding(path):
-        model = rebuild(checkpoint, path)
-        model.load_state_dict(checkpoint["model"])
+    model = rebuild(checkpoint, path)
+    model.load_state_dict(checkpoint["model"])
     return model.to(device).eval()
 
 
@@ -900,10 +888,9 @@ def load_reward_model(path, device="cpu", policy=None):
 
     Raises what read_checkpoint() raises, and InputError if the policy's ids mean other tokens."""
     checkpoint = read_checkpoint(path, REWARD_MODEL)
-    with rebuilding(path):
-        reward_model = RewardModel(rebuild(checkpoint, path), "likelihood" in checkpoint["model"])
-        reward_model.load_state_dict(checkpoint["model"])
-    fingerprint = reward_model.model.tokenizer_fingerprint
+    reward_model = RewardModel(rebuild(checkpoint, path), "likelihood" in checkpoint["model"])
+    reward_model.load_state_dict(checkpoint["model"])
+    fingerprint = checkpoint["tokenizer_fingerprint"]
     if policy is not None and fingerprint != policy.tokenizer_fingerprint:
         raise InputError(f"{path} has another tokenizer than the language model whose texts it "
                          "would score: train it from the same one")

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import tyro
 
 from common import InputError, Run, TrainOptions, command_line, make_rng, setup
-from data import Batches, encode_records, longest_text, respond, tokenizer_of, train_and_val
+from data import Batches, encode_records, longest, respond, tokenizer_of, train_and_val
 from lora import prepare, save_trained
 from model import RewardModel, load_model
 from optim import adamw, compile_step, optimizer_step, set_lr
@@ -285,7 +285,7 @@ def train(config):
     scores = []
     with torch.no_grad(), autocast():
         for prompt, response in respond(sft_model, tok, prompts, rng, autocast,
-                                        longest_text(encoded)):
+                                        longest(encoded)):
             scores.append(reward_model(prompt, response))                   # (B,)
     # A policy at its start then scores 0 ± 1, whatever the reward model.
     reward_model.normalize(torch.cat(scores).float().cpu())

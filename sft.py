@@ -29,7 +29,7 @@ from data import (
     Batches,
     encode_records,
     format_samples,
-    longest_text,
+    longest,
     means,
     measure,
     tokenizer,
@@ -134,9 +134,6 @@ def make_model(config, device):
         return model, tokenizer_of(model)
     # From random weights: the options say how large.
     tok = tokenizer(config.tokenizer)
-    if tok.vocab_size is None:
-        raise InputError("--tokenizer is puns, puns_large or gpt2: a tokenizer.json does not say "
-                         "which token ends a text")
     model_config = ModelConfig(
         arch=config.arch, vocab_size=tok.vocab_size, eos_token_id=tok.eos_token_id,
         decoder_start_token_id=tok.eos_token_id, block_size=config.block_size,
@@ -209,7 +206,7 @@ def train(config):
         if (step + 1) % config.eval_interval == 0 or is_last:
             # What the loss cannot show: are the samples English, on topic, and funny?
             rows = measure(model, None, tok, val_prompts, rng, autocast,
-                           max_new_tokens=longest_text(encoded))
+                           max_new_tokens=longest(encoded))
             val_nll = evaluate(model, val, autocast, config.batch_size)
             run.log(val_nll=val_nll, **means(rows))
             run.write(format_samples(rows), rows)

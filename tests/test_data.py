@@ -65,7 +65,7 @@ def test_a_tokenizer_that_is_not_there(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="there is no tokenizer 'nope'"):
         tokenizer("nope")
     with pytest.raises(InputError, match="records.jsonl: this file is no tokenizer.json: "):
-        tokenizer(records(tmp_path / "records.jsonl", [{"prompt": "p"}]))
+        tokenizer(records(tmp_path / "records.jsonl", [{"prompt": "p"}]), 1, 2)
 
     def no_network(name):
         raise ConnectionError("no route")

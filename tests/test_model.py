@@ -336,14 +336,12 @@ def test_a_bad_checkpoint_is_one_sentence(tmp_path, tok):
     saved = torch.load(good, weights_only=True)
     torch.save({"kind": saved["kind"]}, tmp_path / "partial.pt")
     torch.save(saved | {"config": saved["config"] | {"n_wings": 2}}, tmp_path / "newer.pt")
-    torch.save(saved | {"config": saved["config"] | {"n_layer": 2}}, tmp_path / "deeper.pt")
     for name, reason in {"reward.pt": "holds a reward model; a language model is needed here",
                          "cut.pt": "is damaged or is not a checkpoint of wordplay",
                          "pickle.pt": "is damaged or is not a checkpoint of wordplay",
                          "foreign.pt": "is not a checkpoint of this version of wordplay",
                          "partial.pt": "is not a checkpoint of this version of wordplay",
-                         "newer.pt": r"is not a checkpoint of this version .*'n_wings'",
-                         "deeper.pt": "is not a checkpoint of this version .*for GPT",
+                         "newer.pt": "is not a checkpoint of this version of wordplay",
                          "": "is a folder; name the checkpoint in it: .*ckpt.pt",
                          "runs/sft/ckpt.pt": r"does not exist; make it with: python sft\.py$",
                          "runs/nonsense/ckpt.pt": "does not exist; check the path$"}.items():
