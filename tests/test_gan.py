@@ -169,9 +169,9 @@ def discs(tmp_path_factory, sft_ckpt):
     paths = {}
     for reads in ("tokens", "states"):
         folder = tmp_path_factory.mktemp(reads)
-        discriminator.train(tiny(discriminator, folder, sft_ckpt, lr=3e-3, max_steps=8, reads=reads,
-                                 lstm=reads == "states",
-                                 data=records(folder / "reals.jsonl", owls(36))))
+        reals = records(folder / "reals.jsonl", owls(36))
+        discriminator.train(tiny(discriminator, folder, sft_ckpt, lr=3e-3, max_steps=16,
+                                 reads=reads, lstm=reads == "states", data=reals))
         paths[reads] = str(folder / "ckpt.pt")
     return paths
 

@@ -208,22 +208,24 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
                for name in ("rl", "unseen", "trained")}
     assert prompts["trained"] <= prompts["rl"] and not prompts["unseen"] & prompts["rl"]
 
-    for name in ("unseen", "trained"):                                  # a few are enough here
+    for name in ("unseen", "trained"):              # enough to see that the best of 2 are better
         path = data / f"{name}_prompts.jsonl"
-        write_jsonl(path, read_jsonl(path)[:4])
+        write_jsonl(path, read_jsonl(path)[:4] * 10)
     run_line(report_line)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert list(report["judges"]) == ["reward model (proxy)", "judge (gold)"]
     for rows in report["policies"].values():
         assert list(rows) == ["sft", "dpo", "gan", "ppo", "ppo_weak_kl", "best of 2"]
         assert rows["sft"]["kl"] == 0
-        assert rows["best of 2"]["proxy"] > rows["sft"]["proxy"]
+    unseen = report["policies"]["unseen"]               # of the trained words there is one here
+    assert unseen["best of 2"]["proxy"] > unseen["sft"]["proxy"]
     # The SFT model is compared with another draw of itself, so it wins some and loses some.
     assert report["policies"]["unseen"]["sft"]["win rate ±"] > 0
     assert "not picked" in (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "report.png").stat().st_size > 1000
     samples = read_jsonl(folder / "report_samples.jsonl")
-    assert len(samples) == 5 * (5 * 2 + 1)          # four unseen words and one trained word
+    # Four unseen words and one trained word, ten times each.
+    assert len(samples) == 10 * 5 * (5 * 2 + 1)
 
     run_line(story_line)
     told = (folder / "story.json").read_text(encoding="utf-8")
@@ -231,7 +233,7 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
     story = json.loads(told)
     assert story["policies"].keys() == report["policies"].keys()
     assert {name: len(rows) for name, rows in story["samples"].items()} == {
-        "sft": 8, "dpo": 8, "gan": 8, "ppo": 8, "ppo_weak_kl": 8, "best": 4}
+        "sft": 80, "dpo": 80, "gan": 80, "ppo": 80, "ppo_weak_kl": 80, "best": 40}
     assert len(story["held_out"]["gold"]) == len(story["held_out"]["is_pun"]) >= 18
     assert story["people"]["uses the word"] == 1
     assert {name: len(rows) for name, rows in story["runs"].items()} == {
