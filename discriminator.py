@@ -54,7 +54,7 @@ class Config(Options):
     label_smoothing: float = 0.0    # one-sided: the target of a real text is 1 - this
     batch_size: int = 64        # reals, and as many fakes
     max_steps: int = 300                                                # optimizer steps
-    lr: float = 5e-4                                                    # the highest rate
+    lr: float = 1e-3                                                    # the highest rate
     warmup_steps: int = 30                                      # steps until the highest rate
     weight_decay: float = 0.01                                          # of the matrices
     grad_clip: float = 1.0                      # largest norm of a gradient; 0 does not clip

@@ -70,7 +70,7 @@ class Config(TrainOptions):
     max_new_tokens: int = 32    # with --online: tokens of a sample, at most
     batch_size: int = 64        # pairs
     max_steps: int = 200                                                # optimizer steps
-    lr: float = 1e-4                                                    # the highest rate
+    lr: float = 2e-4                                                    # the highest rate
     warmup_steps: int = 30                                      # steps until the highest rate
     weight_decay: float = 0.0                                   # the reference is the anchor, not 0
     grad_clip: float = 1.0                      # largest norm of a gradient; 0 does not clip
