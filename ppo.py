@@ -47,7 +47,7 @@ class Config(TrainOptions):
     init: str = "runs/sft/ckpt.pt"              # the policy to start from, and the reference
     reward: str = "runs/reward_model/ckpt.pt"   # the reward model
     data: str = ""              # JSONL of prompts; '' is the pun world
-    max_steps: int = 40         # rollouts
+    max_steps: int = 60         # rollouts
     batch_size: int = 256       # responses a rollout
     minibatch_size: int = 128   # responses a gradient step
     ppo_epochs: int = 4         # passes over each rollout
