@@ -295,22 +295,26 @@ def test_every_choice_of_an_option_runs(chain, tmp_path):
 
 
 @pytest.mark.parametrize("module", [sft, reward_model, dpo])
-def test_compile_changes_no_number(chain, tmp_path, monkeypatch, module):
+def test_compile_changes_no_number(sft_ckpt, tmp_path, monkeypatch, module):
     """The step is traced, but no code is generated, since that takes a minute."""
     compile = functools.partial(torch.compile, backend="eager")
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: calls.append(args[0].__name__)
-                        or compile(*args, **options))
+    calls, batches = [], module.Batches
+    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(
+        {function.__name__: options}) or compile(function, **options))
+    monkeypatch.setattr(module, "Batches", lambda *args, **options: calls.append(options)
+                        or batches(*args, **options))
     rows, path = [], pairs(tmp_path)
     texts = records(tmp_path / "texts.jsonl", [{"prompt": row["prompt"], "completion":
                                                 row["chosen"]} for row in read_jsonl(path)])
     for flag in (False, True):
-        config = tiny(module, tmp_path / "run", chain / "sft" / "ckpt.pt", compile=flag,
+        config = tiny(module, tmp_path / "run", sft_ckpt, compile=flag,
                       max_steps=1, data=texts if module is sft else path)
         module.train(config)
         rows.append(read_jsonl(tmp_path / "run" / "metrics.jsonl")[0])
     names = {sft: "sft_loss", reward_model: "score_all", dpo: "dpo_batch"}
-    assert calls == [names[module]]
+    # Of a run the training batches come first, then the held-out ones.
+    assert calls == [dict(few_shapes=False), {}, dict(few_shapes=True), {},
+                     {names[module]: dict(dynamic=False)}]
     assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], abs=1e-4)
     assert rows[1]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-3)
 
