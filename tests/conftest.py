@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import http.server
 import os
+import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +14,11 @@ import pytest
 import torch
 
 import common
+import discriminator
+import dpo
+import gan
+import ppo
+import reward_model
 import sft
 from data import tokenizer
 from discriminator import Discriminator
@@ -38,6 +45,8 @@ TINY_SFT = dict(corpus_size=600, batch_size=16, grad_accum=1, max_steps=60, eval
                 log_interval=20, n_layer=1, n_inner=0, n_head=2, n_embd=32, lr=1e-2,
                 warmup_steps=5, **CPU)
 
+STAGES = {stage.__name__: stage for stage in (sft, reward_model, discriminator, dpo, ppo, gan)}
+
 # What every stage leaves in its folder.
 RUN_FILES = {"ckpt.pt", "config.json", "metrics.jsonl", "samples.txt", "samples.jsonl",
              "curves.png"}
@@ -57,6 +66,12 @@ def toy(seed=0, **sizes):
     sizes = dict(vocab_size=PAD, eos_token_id=EOS, decoder_start_token_id=0, block_size=24,
                  n_layer=1, n_head=2, n_embd=32) | sizes
     return build_model(ModelConfig(**sizes)).eval()
+
+
+def same(weights, others):
+    """Two {name: tensor} are equal, bit for bit."""
+    return weights.keys() == others.keys() and all(
+        torch.equal(weights[name], others[name]) for name in weights)
 
 
 def awake(model):
@@ -105,13 +120,16 @@ def pairs(folder, n=20):
     return records(Path(folder) / "pairs.jsonl", rows)
 
 
+def options_of(module):
+    return {field.name for field in dataclasses.fields(module.Config)}
+
+
 def tiny(module, folder, sft_ckpt, **changes):
     """The Config of a stage for two tiny steps. Options that it does not read are left out."""
     sizes = dict(out_dir=str(folder), init=str(sft_ckpt), max_steps=2, warmup_steps=1,
                  batch_size=8, minibatch_size=4, d_batch_size=4, corpus_size=60, max_new_tokens=6,
                  eval_interval=2, log_interval=1, sample_interval=1, **CPU) | changes
-    fields = {field.name for field in dataclasses.fields(module.Config)}
-    sizes = {name: value for name, value in sizes.items() if name in fields}
+    sizes = {name: value for name, value in sizes.items() if name in options_of(module)}
     return module.Config(**readable(module, sizes))
 
 
@@ -125,10 +143,45 @@ def readable(module, options):
     return options
 
 
-def check_optimizer(weights_after, still=()):
-    """What each option of AdamW does to the weights after one step at the rate 1e-2.
+def starts_of(root, disc="discriminator"):
+    """The arguments of tiny() that name the checkpoints of the stages in a folder."""
+    stages = dict(sft_ckpt="sft", reward="reward_model", disc=disc)
+    return {name: str(root / stage / "ckpt.pt") for name, stage in stages.items()}
 
-    weights_after(**options) -> {name: weight}. still: names of weights without a gradient."""
+
+def copies(folder, sft_ckpt, *names):
+    """Puts a checkpoint into the folder as if runs of these names had left it. Returns its path."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        shutil.copy(sft_ckpt, folder / name / "ckpt.pt")
+    return folder
+
+
+def with_another_tokenizer(ckpt, path):
+    """Writes the checkpoint to a path as if its tokenizer had been another one."""
+    saved = torch.load(ckpt, weights_only=True)
+    torch.save(saved | {"tokenizer_fingerprint": "other"}, path)
+    return str(path)
+
+
+def steps_with(rows, name):
+    return [row["step"] for row in rows if name in row]
+
+
+TRAIN_OPTIONS = {"lr", "weight_decay", "grad_clip", "warmup_steps", "log_interval", "eval_interval"}
+
+
+def check_train_options(run, held_out, still=()):
+    """What TRAIN_OPTIONS do: when a run logs and when it measures `held_out`; and what those of
+    AdamW do to the weights after one step at the rate 1e-2.
+
+    run(**options) -> (rows of its metrics, model). still: names of weights without a gradient."""
+    def weights_after(**options):
+        sizes = dict(max_steps=1, warmup_steps=0, lr=1e-2) | options
+        return {name: p.detach() for name, p in run(**sizes)[1].named_parameters()}
+
+    rows, _ = run(max_steps=5, log_interval=3, eval_interval=2)
+    assert steps_with(rows, "loss") == [1, 4, 5] and steps_with(rows, held_out) == [2, 4, 5]
     start, plain = weights_after(lr=0.0), weights_after(weight_decay=0.0)
     decayed, warm = weights_after(weight_decay=0.1), weights_after(warmup_steps=4, weight_decay=0.0)
     clipped = weights_after(grad_clip=1e-10, weight_decay=0.0)
@@ -166,6 +219,13 @@ def make(*arguments, path=""):
     done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, text=True, capture_output=True,
                           env=env | {"PATH": f"{path}:{env['PATH']}"})
     return done.stdout.replace("\\\n", " ").splitlines(), done.stderr
+
+
+def program(module, *arguments, **environment):
+    """Runs `python -m module arguments` in the repository. Returns what subprocess.run() does."""
+    return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT,
+                          stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
+                          env=os.environ | environment)
 
 
 @contextlib.contextmanager

@@ -19,16 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import TINY_SFT, records, tiny, without_times  # noqa: E402
-
-import discriminator  # noqa: E402
-import dpo  # noqa: E402
-import gan  # noqa: E402
-import ppo  # noqa: E402
-import reward_model  # noqa: E402
-import sft  # noqa: E402
-
-STAGES = {stage.__name__: stage for stage in (sft, reward_model, discriminator, ppo, dpo, gan)}
+from conftest import STAGES, TINY_SFT, records, starts_of, tiny, without_times  # noqa: E402
 
 
 def run(name, config):
@@ -44,30 +35,22 @@ def start(name, config):
 
 
 def outcome(folder):
-    """All that a run leaves, without times."""
-    weights = {f"{path.name}.{name}": tensor for path in folder.glob("*.pt")
+    """All that a run leaves, without times: names of files, metrics, samples, weights."""
+    weights = {f"{path.name}.{name}": tensor.tolist() for path in folder.glob("*.pt")
                for name, tensor in torch.load(path, weights_only=True)["model"].items()}
-    return without_times(folder), (folder / "samples.txt").read_bytes(), weights
-
-
-def same(a, b):
-    return (a[:2] == b[:2] and a[2].keys() == b[2].keys()
-            and all(torch.equal(a[2][name], b[2][name]) for name in a[2]))
+    names = {path.name for path in folder.iterdir()}
+    return names, without_times(folder), (folder / "samples.txt").read_bytes(), weights
 
 
 def config_of(name, root, folder):
-    starts = dict(sft_ckpt=root / "sft/ckpt.pt", reward=root / "reward_model/ckpt.pt",
-                  disc=root / "discriminator/ckpt.pt")
-    starts = {key: str(path) for key, path in starts.items()}
     texts = [{"prompt": "About a banker:", "completion": f" yes {i}", "chosen": f" yes {i}",
               "rejected": " no"} for i in range(40)]
     sizes = dict(data=records(root / "texts.jsonl", texts), max_steps=12, eval_interval=3,
                  sample_interval=3, lr=1e-3)
-    if name == "sft":
-        starts["sft_ckpt"] = ""                 # it starts from random weights
+    starts = starts_of(root)
+    if name == "sft":                           # it starts from random weights
+        starts = {"sft_ckpt": ""}
         sizes |= {key: TINY_SFT[key] for key in ("n_layer", "n_inner", "n_head", "n_embd")}
-    if name == "dpo":
-        del starts["reward"]                    # with which it would sample pairs of its own
     return tiny(STAGES[name], folder, **starts, **sizes)
 
 
@@ -90,8 +73,7 @@ def main(n_kills=20, *names):
                 process.join()
                 resumed += (folder / "state.pt").exists()
                 start(name, config_of(name, root, folder)).join()
-                left = [path.name for path in folder.iterdir() if path.suffix == ".tmp"]
-                equal += same(outcome(folder), whole) and not left
+                equal += outcome(folder) == whole
             failures += int(n_kills) - equal
             print(f"{name:14} {n_kills} kills in runs of {seconds:.1f} s: {equal} ended equal, "
                   f"{resumed} of them from a saved state", flush=True)

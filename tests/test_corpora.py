@@ -6,11 +6,9 @@ import itertools
 import json
 import math
 import random
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import program
 from test_semeval import write_expun
 
 from common import InputError, read_jsonl, write_jsonl
@@ -161,7 +159,7 @@ def test_shapes_of_trl_and_json(tmp_path, row, expected):
     assert corpus.records[0]["where"] == f"{path}:2"
 
 
-@pytest.mark.parametrize("text, message", [
+JSON = [
     ('{"prompt": "a", "completion": " b"}\n{"prompt": "a", "completion": ""}',
      ":2: 'completion' is empty"),
     ('{"prompt": "a", "answer": "b"}', ":1: this record has prompt + answer, .* prompt + comp"),
@@ -180,12 +178,10 @@ def test_shapes_of_trl_and_json(tmp_path, row, expected):
     ('{"text": 3}', ":1: 'text' must be text"),
     ("version https://git-lfs.github.com/spec/v1\noid sha256:0", ":1: this is a git-lfs pointer"),
     ("I loaf you.", ":1: this is neither JSON nor"),
-    ("\n\n", ": this file is empty")])
-def test_what_is_wrong_with_a_file_of_ones_own(tmp_path, text, message):
-    expect_error(tmp_path / "mine.jsonl", text, message)
+    ("\n\n", ": this file is empty")]
 
 
-@pytest.mark.parametrize("name, text, message", [
+@pytest.mark.parametrize("name, text, message", [("a.jsonl", *row) for row in JSON] + [
     ("a.json", '[\n{"prompt": "a"},\n\n{"question": "b"}]', ":4: this record has question, which"),
     ("a.json", '[\n{"prompt": "a"},\n{"prompt": "b"', ":3: this is not a JSON array"),
     ("a.json", '{"data": [\n{"prompt": "a"}]}', ":1: this line is not JSON"),
@@ -197,11 +193,8 @@ def test_what_is_wrong_with_a_file_of_ones_own(tmp_path, text, message):
     ("a.csv", "prompt,completion\n", ": this file has no records"),
     ("a.md", "# Puns\n", ":1: this is neither JSON nor a .csv or .txt file"),
     ("a.txt", "\xff", ":1: this is not UTF-8")])
-def test_what_is_wrong_with_arrays_tables_and_texts(tmp_path, name, text, message):
-    expect_error(tmp_path / name, text, message)
-
-
-def expect_error(path, text, message):
+def test_what_is_wrong_with_a_file_of_ones_own(tmp_path, name, text, message):
+    path = tmp_path / name
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=message.replace("+", r"\+")) as error:
         load(path)
@@ -390,11 +383,10 @@ def test_half_surrogates_and_an_empty_test_set(tmp_path, capsys):
 def test_the_command(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("prompt,completion\n" + "".join(f"a{i}:,b{i}\n" for i in range(20)))
-    command = [sys.executable, "-m", "real.corpora", "csv", path, tmp_path / "out", "--as",
-               "prompt", "--test_fraction", "0.2"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, encoding="utf-8")
+    options = ["csv", path, tmp_path / "out", "--as", "prompt", "--test_fraction", "0.2"]
+    done = program("real.corpora", *options)
     assert done.returncode == 0 and "test: 4 prompt records" in done.stdout, done.stderr
     path.unlink()
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, encoding="utf-8")
+    done = program("real.corpora", *options)
     assert done.returncode == 2
     assert done.stderr == f"error: {path}: there is no such file or folder\n"

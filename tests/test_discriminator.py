@@ -1,25 +1,12 @@
 """The discriminator: what it reads, its loss by hand, and that it tells real texts from fakes."""
 
-import dataclasses
 import math
 
+import conftest
 import pytest
 import torch
 import torch.nn as nn
-from conftest import (
-    PAD,
-    PROMPT,
-    RESPONSE,
-    awake,
-    check_optimizer,
-    close,
-    disc_of,
-    off,
-    owls,
-    records,
-    tiny,
-    toy,
-)
+from conftest import PAD, PROMPT, RESPONSE, awake, close, disc_of, off, owls, records, tiny, toy
 
 import discriminator
 from common import InputError, read_jsonl
@@ -194,27 +181,20 @@ def test_val_data_is_what_is_held_out(tmp_path, sft_ckpt):
 
 def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):
     """The weights after one step from the same start."""
-    def weights(**changes):
-        sizes = dict(max_steps=1, lr=1e-2, warmup_steps=0) | changes
-        return dict(run_of(tmp_path, sft_ckpt, **sizes)[1].named_parameters())
+    def run(**changes):
+        return run_of(tmp_path, sft_ckpt, **dict(max_steps=1, lr=1e-2, warmup_steps=0) | changes)
 
-    check_optimizer(weights)
+    conftest.check_train_options(run, "accuracy")
     # With targets of .1 and 0, the bias falls; with 1 and 0 it stays about where it was.
-    assert weights(label_smoothing=0.9)["classifier.bias"] < -0.9e-2
-    plain = weights()["classifier.weight"]
-    for changes in (table := [dict(batch_size=8), dict(seed=1), dict(max_steps=2)]):
-        assert not torch.equal(weights(**changes)["classifier.weight"], plain)
-    metrics, _ = run_of(tmp_path, sft_ckpt, max_steps=4, eval_interval=2, log_interval=3)
-    assert [row["step"] for row in metrics if "loss" in row] == [1, 4]
-    assert [row["step"] for row in metrics if "accuracy" in row] == [2, 4]
-    with pytest.raises(InputError, match="--reads is tokens or states, not 'logits'"):
-        run_of(tmp_path, sft_ckpt, reads="logits")
-    here = {"lr", "weight_decay", "grad_clip", "warmup_steps", "label_smoothing", "eval_interval",
-            "log_interval"}
-    above = {"data", "val_data", "lstm", "reads", "init", "out_dir"}
-    elsewhere = {"corpus_size", "device", "dtype"}              # below, and test_stages.py
-    fields = {field.name for field in dataclasses.fields(discriminator.Config)}
-    assert set().union(*table) | here | above | elsewhere == fields
+    assert run(label_smoothing=0.9)[1].classifier.bias < -0.9e-2
+    plain = run()[1].classifier.weight
+    table = [dict(batch_size=8), dict(seed=1), dict(max_steps=2)]
+    for changes in table:
+        assert not torch.equal(run(**changes)[1].classifier.weight, plain)
+    elsewhere = {"data", "val_data", "lstm", "reads", "init", "out_dir", "corpus_size",
+                 "label_smoothing", "device", "dtype"}      # here, above, below, test_stages.py
+    tested = set().union(*table, conftest.TRAIN_OPTIONS, elsewhere)
+    assert tested == conftest.options_of(discriminator)
 
 
 def test_reals_of_the_pun_world_are_puns(tok):

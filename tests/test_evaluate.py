@@ -6,27 +6,15 @@ import json
 import math
 import random
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import CPU, ROOT, records, toy
+from conftest import CPU, ROOT, copies, records, toy, with_another_tokenizer
 
 import evaluate
 import sft
 from common import InputError, read_jsonl
-from evaluate import (
-    best_of,
-    best_of_n_kl,
-    compare,
-    format_cells,
-    interval,
-    markdown,
-    min_kl,
-    self_bleu,
-    summarize,
-    training_curve,
-)
+from evaluate import best_of_n_kl, format_cells, interval, min_kl, self_bleu, summarize
 from model import ModelConfig, RewardModel, build_model, load_model, save_model
 
 # -----------------------------------------------------------------------------
@@ -39,7 +27,6 @@ def test_min_kl_by_hand():
     assert min_kl(1.0, .25) == pytest.approx(math.log(4))
     assert min_kl(0.0, .25) == pytest.approx(math.log(4 / 3))
     assert math.isnan(min_kl(.5, 0.0)) and math.isnan(min_kl(.5, 1.0))
-
 
 
 def test_best_of_n_kl_by_hand():
@@ -89,12 +76,12 @@ def row(text="t", score=0.0, **changes):
 def test_best_of_takes_the_best_of_the_first_n():
     groups = [[row(f"{name}{i}", score) for i, score in enumerate(scores)]
               for name, scores in (("a", [1, 3, 2, 9]), ("b", [5, 1, 1, 6]))]
-    assert [r["text"] for r in best_of(groups, 2)] == ["a1", "b0"]
-    assert [r["text"] for r in best_of(groups, 4)] == ["a3", "b3"]
-    assert [r["kl"] for r in best_of(groups, 2)] == [best_of_n_kl(2)] * 2
+    for n, texts in ((2, ["a1", "b0"]), (4, ["a3", "b3"])):
+        best = evaluate.best_of(groups, n)
+        assert [(r["text"], r["kl"]) for r in best] == [(text, best_of_n_kl(n)) for text in texts]
     assert groups[0][1]["kl"] == 0                  # the draw itself is not touched
     filtered = [[row(kl=0.3), row(score=1.0, kl=0.5)]]
-    assert best_of(filtered, 2)[0]["kl"] == 0.5 + best_of_n_kl(2)
+    assert evaluate.best_of(filtered, 2)[0]["kl"] == 0.5 + best_of_n_kl(2)
 
 
 def test_every_column_by_hand():
@@ -119,10 +106,11 @@ def test_without_a_judge_columns_are_unknown():
 
 
 def test_training_curve(tmp_path):
-    assert training_curve(tmp_path / "metrics.jsonl") == []
-    path = records(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 2}, {"step": 2, "kl": 1.0},
-                                                {"step": 3, "pun": .5, "kl": 1.0}])
-    assert [point["step"] for point in training_curve(tmp_path / path)] == [3]
+    path = tmp_path / "metrics.jsonl"
+    assert evaluate.training_curve(path) == []
+    records(path, [{"step": 1, "loss": 2}, {"step": 2, "kl": 1.0},
+                   {"step": 3, "pun": .5, "kl": 1.0}])
+    assert [point["step"] for point in evaluate.training_curve(path)] == [3]
 
 # -----------------------------------------------------------------------------
 # the report
@@ -130,19 +118,14 @@ def test_training_curve(tmp_path):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, sft_ckpt, tok):
     """A runs folder with an SFT model, a reward model, another policy, and what is no policy."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "sft").mkdir()
-    shutil.copy(sft_ckpt, folder / "sft" / "ckpt.pt")
+    folder = copies(tmp_path_factory.mktemp("runs"), sft_ckpt, "sft", "foreign")
     torch.manual_seed(0)
     save_model(folder / "reward_model" / "ckpt.pt", RewardModel(load_model(sft_ckpt)), tok)
     policy = load_model(sft_ckpt)
     with torch.no_grad():
         policy.h[0].mlp.c_proj.weight += 0.3 * torch.randn_like(policy.h[0].mlp.c_proj.weight)
     save_model(folder / "ppo" / "ckpt.pt", policy, tok)
-    foreign = toy(vocab_size=tok.vocab_size, eos_token_id=tok.eos_token_id)
-    save_model(folder / "foreign" / "ckpt.pt", foreign, tok)
-    saved = torch.load(folder / "foreign" / "ckpt.pt", weights_only=True)
-    torch.save(saved | {"tokenizer_fingerprint": "other"}, folder / "foreign" / "ckpt.pt")
+    with_another_tokenizer(sft_ckpt, folder / "foreign" / "ckpt.pt")
     records(folder / "ppo" / "metrics.jsonl", [{"step": 1, "pun": .1, "kl": .5, "score": .2}])
     config = evaluate.Config(out_dir=str(folder), reference=str(folder / "sft" / "ckpt.pt"),
                              reward=str(folder / "reward_model" / "ckpt.pt"), samples=24,
@@ -171,13 +154,12 @@ def test_the_report_is_written(runs):
     assert ppo_row["score"] == pytest.approx(sum(scores) / 24)
 
 
-
 def test_the_same_seed_gives_the_same_report_and_says_what_is_left_out(runs, capsys, monkeypatch):
     folder, config = runs
     report, samples = evaluate.evaluate(config)
     first = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(report)) == first
-    assert markdown(report, samples) == (folder / "report.md").read_text(encoding="utf-8")
+    assert evaluate.markdown(report, samples) == (folder / "report.md").read_text(encoding="utf-8")
     out = capsys.readouterr().out
     assert f"{folder}/reward_model/ckpt.pt: left out, a reward model is no policy" in out
     assert f"{folder}/foreign/ckpt.pt: left out, its tokenizer is not the one of" in out
@@ -220,7 +202,7 @@ def test_several_runs_in_one_table(tmp_path, tok):
     assert lines[2].startswith("| gpt, 0.01 M | ppo | 2 | 37.5 (25.0 to 50.0) | 100.0 (100.0 to")
     assert lines[3].startswith("| t5, 0.01 M | ppo | 1 | - | 100.0 |") and "| -0.50 |" in lines[3]
     with pytest.raises(InputError, match="make compare"):
-        compare(tmp_path / "gpt-1")
+        evaluate.compare(tmp_path / "gpt-1")
 
 
 def test_the_architectures_that_are_compared_are_equally_large(tok):
@@ -228,13 +210,11 @@ def test_the_architectures_that_are_compared_are_equally_large(tok):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
 
     def parameters(arch):
-        config = sft.Config()
         names = ("n_layer", "n_head", "n_embd", "n_inner", "block_size")
-        sizes = {name: getattr(config, name) for name in names}
+        sizes = {name: getattr(sft.Config(), name) for name in names}
         found = re.search(rf"\(\$\(ARCH\),{arch}\)\n +SFT *\+= (.*)", makefile)
-        for name, value in re.findall(r"--(\w+) (\d+)", found[1] if found else ""):
+        for name, value in re.findall(r"--(n_\w+) (\d+)", found[1] if found else ""):
             sizes[name] = int(value)
-        sizes.pop("lr", None)
         model = build_model(ModelConfig(arch=arch, vocab_size=tok.vocab_size, **sizes))
         return sum(p.numel() for p in model.parameters())
 

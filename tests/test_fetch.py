@@ -3,12 +3,11 @@
 import hashlib
 import http.server
 import io
-import subprocess
 import sys
 import tarfile
 
 import pytest
-from conftest import ROOT, serving
+from conftest import program, serving
 from test_semeval import write_semeval
 
 from common import InputError
@@ -25,12 +24,11 @@ class Server(http.server.BaseHTTPRequestHandler):
         server = self.server
         server.requests += 1
         if server.status != 200:
-            self.send_error(server.status)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(server.content)))
-        self.end_headers()
+            return self.send_error(server.status)
         size = len(server.content)
+        self.send_response(200)
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
         if server.cuts > 0:
             server.cuts -= 1
             size //= 2
@@ -107,7 +105,6 @@ def test_every_file_is_pinned():
 
 
 def test_the_command_exits_with_2_and_one_sentence():
-    done = subprocess.run([sys.executable, "-m", "real.fetch", "semeval"], cwd=ROOT, text=True,
-                          stdin=subprocess.DEVNULL, capture_output=True)
+    done = program("real.fetch", "semeval")
     assert done.returncode == 2 and done.stderr.startswith("error: nothing was downloaded")
     assert done.stderr.count("\n") == 1 and "CC BY-NC 4.0" in done.stdout

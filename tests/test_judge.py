@@ -7,10 +7,10 @@ import threading
 import time
 
 import pytest
-from conftest import serving, toy
+from conftest import copies, serving
 
 from common import InputError
-from model import RewardModel, save_model
+from model import RewardModel, load_model, save_model
 from real import judge
 from real.judge import Config, Judge, summarize, verdict_in
 from real.label import wilson
@@ -25,7 +25,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append((self.path, self.headers.get("Authorization"), body))
             step, *details = server.script.pop(0) if server.script else ("fine",)
-        text = details[0] if step == "say" else server.answer(body["messages"][0]["content"])
+        text = server.answer(body["messages"][0]["content"])
         content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
         code, headers = 200, {}
         if step == "status":
@@ -196,11 +196,8 @@ def test_files_in_both_orders(server, tmp_path, sources, capsys):
 
 
 def test_policies_against_the_reference(server, tmp_path, sft_ckpt, tok, capsys):
-    for name in ("sft", "ppo"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "ckpt.pt").write_bytes(open(sft_ckpt, "rb").read())
-    sizes = dict(vocab_size=tok.vocab_size, eos_token_id=tok.eos_token_id)
-    save_model(tmp_path / "reward_model" / "ckpt.pt", RewardModel(toy(**sizes)), tok)
+    copies(tmp_path, sft_ckpt, "sft", "ppo")
+    save_model(tmp_path / "reward_model" / "ckpt.pt", RewardModel(load_model(sft_ckpt)), tok)
     config = Config(server.url, "m", reference=str(tmp_path / "sft" / "ckpt.pt"),
                     out_dir=str(tmp_path), n=5)
     row, = judge.main(config)

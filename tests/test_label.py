@@ -2,11 +2,10 @@
 
 import io
 import itertools
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, records
+from conftest import copies, program, records
 
 from common import InputError, read_jsonl
 from real import label
@@ -136,14 +135,14 @@ def test_pairs_of_checkpoints(sft_ckpt, tmp_path):
     for prompt, x, y in found:
         assert prompt.startswith("About") and x.strip() != y.strip()
     assert len({prompt for prompt, *_ in found}) > 20
-    (tmp_path / "ckpt.pt").write_bytes(open(sft_ckpt, "rb").read())
+    folder = copies(tmp_path, sft_ckpt, "run") / "run"
     data = records(tmp_path / "data.jsonl", [{"prompt": "Hello"}])
     val_data = records(tmp_path / "val.jsonl", [{"prompt": "Hey"}])
     for options, expected in (({"data": data, "val_data": ""}, "Hello"),
                               ({"data": data, "val_data": val_data}, "Hey")):
-        records(tmp_path / "config.json", [options])
-        assert next(pairs(str(tmp_path)))[0] == expected
-    assert next(pairs(str(tmp_path), data=data))[0] == "Hello"
+        records(folder / "config.json", [options])
+        assert next(pairs(str(folder)))[0] == expected
+    assert next(pairs(str(folder), data=data))[0] == "Hello"
 
 # -----------------------------------------------------------------------------
 # blind
@@ -170,11 +169,8 @@ def test_win_rate_by_hand():
 
 def test_blind(sft_ckpt, tmp_path, monkeypatch, capsys):
     """Someone who likes what the second policy wrote; nothing on the screen says who wrote what."""
-    sources = []
-    for name in ("sft", "ppo"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "ckpt.pt").write_bytes(open(sft_ckpt, "rb").read())
-        sources.append(str(tmp_path / name))
+    copies(tmp_path, sft_ckpt, "sft", "ppo")
+    sources = [str(tmp_path / "sft"), str(tmp_path / "ppo")]
     config = Config(tuple(sources), blind=True, out=str(tmp_path / "blind.jsonl"), n=12)
 
     def judge(prompt):
@@ -230,8 +226,7 @@ def test_bad_input_is_one_sentence(sft_ckpt, tmp_path):
                                  (("a", "b", "c"), "mine.jsonl", "one or two")):
         with pytest.raises(InputError, match=reason):
             label.label(Config(sources, out=str(tmp_path / out)))
-    command = [sys.executable, "-m", "real.label", "--blind", "runs/none/ckpt.pt", "runs/no.pt"]
-    missing = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    missing = program("real.label", "--blind", "runs/none/ckpt.pt", "runs/no.pt")
     assert missing.returncode == 2 and missing.stderr.count("error:") == 1
     assert "runs/none/ckpt.pt does not exist; check the path" in missing.stderr
 

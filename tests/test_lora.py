@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import PROMPT, RESPONSE, awake, close, pairs, records, tiny, toy
+from conftest import PROMPT, RESPONSE, awake, close, pairs, records, same, tiny, toy
 
 import dpo
 import lora
@@ -31,21 +31,12 @@ def output(model, name=None):
         return model(PROMPT, RESPONSE)
 
 
-def snapshot(model):
-    return {name: weight.clone() for name, weight in model.state_dict().items()}
-
-
-def same(weights, others):
-    return weights.keys() == others.keys() and all(
-        torch.equal(weights[name], others[name]) for name in weights)
-
-
 def trained(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_an_adapter_starts_as_the_identity_and_leaves_the_trunk_alone(model):
-    trunk, logits = snapshot(model), output(model)
+    trunk, logits = copy.deepcopy(model.state_dict()), output(model)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     add_adapter(model, "policy", rank=4)
     assert {name for name, module in model.named_modules()

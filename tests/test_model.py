@@ -168,19 +168,6 @@ def test_palm_is_its_equations():
     logits = torch.stack([model.wte.weight @ norm(xn, model.ln_f.weight) for xn in x])
     close(model(ids(tokens[:2]), ids([*tokens[2:], 9]))[0], logits[1:], atol=1e-4)
 
-
-def test_relative_buckets_by_hand():
-    """Of 32 buckets the encoder has 16 a side, 8 of them exact; those on the right come 16 later.
-
-    Distance 15: 8 + 8 log(15 / 8) / log(128 / 8) = 9.8. In the decoder 16 are exact.
-    Distance 40: 16 + 16 log(40 / 16) / log(128 / 16) = 23.05."""
-    both = torch.tensor([0, -1, 1, -7, -8, -15, 15, -127, -128, 1000])
-    expected = [0, 1, 17, 7, 8, 9, 25, 15, 15, 31]
-    assert net.relative_buckets(both, 32, 128, causal=False).tolist() == expected
-    causal = torch.tensor([5, 0, -1, -15, -16, -40, -127, -128, -1000])
-    expected = [0, 0, 1, 15, 16, 23, 31, 31, 31]        # the future is masked, in any bucket
-    assert net.relative_buckets(causal, 32, 128, causal=True).tolist() == expected
-
 # -----------------------------------------------------------------------------
 # sampling and log-probs
 

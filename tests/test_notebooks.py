@@ -34,21 +34,6 @@ def signatures(nodes):
     return found
 
 
-def signatures_in_repository():
-    found = set()
-    for path in ROOT.glob("*.py"):
-        found |= signatures(ast.parse(path.read_text(encoding="utf-8")).body)
-    return found
-
-
-def signatures_in_notebook(notebook):
-    found = set()
-    for cell in code_cells(notebook):
-        python = re.sub(r"(?m)^\s*[%!].*$", "", cell.source)     # without IPython's own lines
-        found |= signatures(ast.walk(ast.parse(python)))
-    return found
-
-
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -62,22 +47,14 @@ def notebook(request):
     return nbformat.read(request.param, as_version=4)
 
 
-def test_there_are_notebooks_to_look_at():
-    assert len(NOTEBOOKS) >= 4
-
-
-def test_cells_fit_the_screen(notebook):
-    for cell in code_cells(notebook):
-        assert len(code_lines(cell)) <= 35
-
-
 def test_code_fits_the_screen(notebook):
     for cell in code_cells(notebook):
-        for line in code_lines(cell):
-            assert len(line) <= 100, line
+        assert len(code_lines(cell)) <= 35
+        assert all(len(line) <= 100 for line in code_lines(cell))
 
 
 def test_all_find_the_repository_in_the_same_way(tmp_path, monkeypatch):
+    assert len(NOTEBOOKS) >= 4
     first = {code_cells(nbformat.read(path, as_version=4))[0].source for path in NOTEBOOKS}
     assert len(first) == 1
     source = first.pop()
@@ -90,7 +67,12 @@ def test_all_find_the_repository_in_the_same_way(tmp_path, monkeypatch):
 
 
 def test_copies_nothing_from_the_stage_files(notebook):
-    assert not signatures_in_notebook(notebook) & signatures_in_repository()
+    ours = set()
+    for path in ROOT.glob("*.py"):
+        ours |= signatures(ast.parse(path.read_text(encoding="utf-8")).body)
+    for cell in code_cells(notebook):
+        python = re.sub(r"(?m)^\s*[%!].*$", "", cell.source)     # without IPython's own lines
+        assert not signatures(ast.walk(ast.parse(python))) & ours
 
 
 def test_opens_with_a_question_and_a_file_and_checks_what_it_says(notebook):
@@ -110,8 +92,7 @@ def test_outputs_are_small_and_show_neither_errors_nor_machine_paths(notebook):
     for cell in code_cells(notebook):
         assert "execution" not in cell.metadata
         for output in cell.outputs:
-            assert output.output_type != "error"
-            assert output.get("name") != "stderr"
+            assert output.output_type != "error" and output.get("name") != "stderr"
             data = dict(output.get("data", {}))
             image = data.pop("image/png", "")
             assert len(image) * 3 / 4 < 100_000         # base64: four letters for three bytes
@@ -122,11 +103,8 @@ def test_outputs_are_small_and_show_neither_errors_nor_machine_paths(notebook):
 def test_explains_every_figure_right_below_it(notebook):
     below = [*notebook.cells[1:], None]
     for cell, next_cell in zip(notebook.cells, below, strict=True):
-        has_figure = any("image/png" in output.get("data", {})
-                         for output in cell.get("outputs", []))
-        if has_figure:
-            assert next_cell is not None
-            assert next_cell.cell_type == "markdown"
+        if any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+            assert next_cell and next_cell.cell_type == "markdown"
 
 # -----------------------------------------------------------------------------
 # exercises
@@ -140,25 +118,21 @@ def solution(request):
 
 def exercises(notebook):
     """The source of each cell that checks a function of the reader."""
-    sources = [cell.source for cell in code_cells(notebook)]
-    return [source for source in sources if re.search(r"(?m)^\s*check\(my_", source)]
+    return [cell.source for cell in code_cells(notebook)
+            if re.search(r"(?m)^\s*check\(my_", cell.source)]
 
 
 def run_exercise(source, capsys, monkeypatch, solved=None):
     """What an exercise prints, with its stubs or with the solutions in their place."""
     monkeypatch.chdir(ROOT)
     python = ast.parse(source)
-    if solved is not None:
-        python.body = [node for node in python.body
-                       if getattr(node, "name", "") not in solved or not is_stub(node)]
+    if solved is not None:      # without the stubs
+        python.body = [node for node in python.body if not (
+            getattr(node, "name", "") in solved and node.name.startswith("my_"))]
     torch.manual_seed(3)
     capsys.readouterr()
     exec(compile(python, "exercise", "exec"), {"torch": torch, "check": nb.check} | (solved or {}))
     return capsys.readouterr().out.splitlines()
-
-
-def is_stub(node):
-    return isinstance(node, ast.FunctionDef) and node.name.startswith("my_")
 
 
 def test_has_all_parts_of_a_lesson(solution):
@@ -215,15 +189,8 @@ def test_check_says_what_is_wrong(mine, reason, capsys):
 # -----------------------------------------------------------------------------
 # 7_spot_the_bug
 
-def bug_cells():
-    """{"bug_1": the cell that defines it and submits it}"""
-    notebook = nbformat.read(ROOT / "notebooks/7_spot_the_bug.ipynb", as_version=4)
-    found = {}
-    for cell in code_cells(notebook):
-        name = re.search(r"(?m)^submit\((bug_\d+)\)", cell.source)
-        if name:
-            found[name[1]] = cell.source
-    return found
+def bug_notebook():
+    return nbformat.read(ROOT / "notebooks/7_spot_the_bug.ipynb", as_version=4)
 
 
 @pytest.mark.parametrize("n", range(1, 21))
@@ -231,15 +198,16 @@ def test_the_measurement_finds_the_bug_and_accepts_the_fix(n, capsys):
     fixes = runpy.run_path(str(BUGS))
     names = {name: fixes[name] for name in ("torch", "nn", "F", "ppo", "logprobs",
                                             "discriminator_loss")}
-    exec(bug_cells()[f"bug_{n}"], names | {"submit": bugs.submit})
+    source, = (cell.source for cell in code_cells(bug_notebook())
+               if re.search(rf"(?m)^submit\(bug_{n}\)", cell.source))
+    exec(source, names | {"submit": bugs.submit})
     assert capsys.readouterr().out.endswith("not fixed yet\n")
     bugs.submit(fixes[f"bug_{n}"])
     assert capsys.readouterr().out.endswith(": fixed\n")
 
 
 def test_each_verdict_is_folded_and_says_where_the_bug_stood():
-    notebook = nbformat.read(ROOT / "notebooks/7_spot_the_bug.ipynb", as_version=4)
-    text = "\n".join(cell.source for cell in notebook.cells)
+    text = "\n".join(cell.source for cell in bug_notebook().cells)
     for n in range(1, 21):
         verdict = text.split(f"<details><summary>Verdict on bug {n}</summary>")[1]
         where = verdict.split("</details>")[0].split("*Where it stood:*")[1]

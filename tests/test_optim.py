@@ -92,21 +92,6 @@ def test_muon_is_its_equations(monkeypatch):
         close(p, expected, atol=1e-4)
 
 
-def test_muon_resumes():
-    models = [awake(toy())]
-    optimizers = [Muon(models[0], 0.1)]
-    for n_steps in (1, 2):
-        for _ in range(n_steps):
-            for model, optimizer in zip(models, optimizers, strict=True):
-                set_lr(optimizer, 0.1, n_steps, 10)
-                optimizer_step(logprobs(model, PROMPT, RESPONSE).sum(), model, optimizer, 1.0)
-        if n_steps == 1:
-            models.append(copy.deepcopy(models[0]))
-            optimizers.append(Muon(models[1], 0.1))
-            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
-    assert all(map(torch.equal, *(model.parameters() for model in models)))
-
-
 def test_adapters_of_any_rank_train_with_muon():
     for rank, n_matrices in ((2, 8), (1, 0)):       # those of rank 1 are vectors: AdamW's
         model = awake(toy())

@@ -10,13 +10,14 @@ import pytest
 import torch
 import tyro
 from conftest import CPU, close, make, off
+from test_semeval import plain, pun
 
 from common import read_jsonl, write_jsonl
 from data import tokenizer
 from model import RewardModel, load_model
 from real import people, pretrained
 from real.duplicates import group_records
-from real.semeval import PROMPT, Pun
+from real.semeval import PROMPT
 from reward_model import score_texts
 
 RATERS = (0, 1, 3, 4, 10)
@@ -29,17 +30,13 @@ def toy_puns():
     puns = []
     for i in range(120):
         if i < 80:
-            text = f"My cat number{i} thing{i} likes to knead dough{i}."
-            start = text.index("knead")
-            pun = Pun(f"het_{i}", text, "heterographic", True, "knead", "need", "knead",
-                      (start, start + 5))
+            text = pun(f"het_{i}", f"My cat number{i} thing{i} likes to knead dough{i}.")
         else:
-            text = f"My sentence{i} about thing{i} needs no word{i} today."
-            pun = Pun(f"het_{i}", text, "heterographic", False)
+            text = plain(f"het_{i}", f"My sentence{i} about thing{i} needs no word{i} today.")
         if i % 2 == 0:
-            pun = pun._replace(part="full", raters=RATERS, n_offensive=2 if i == 4 else 1,
-                               ratings=(i % 5, (i + 2) % 5, 1, 0, i % 3))
-        puns.append(pun)
+            text = text._replace(part="full", raters=RATERS, n_offensive=2 if i == 4 else 1,
+                                 ratings=(i % 5, (i + 2) % 5, 1, 0, i % 3))
+        puns.append(text)
     puns[3] = puns[2]._replace(id="het_3", text=puns[2].text + " Again.", ratings=(), raters=())
     return puns
 
@@ -71,18 +68,16 @@ def test_everyday_words_are_in_no_pun():
     words = people.WORDS.read_text(encoding="utf-8").split()
     assert len(words) == len(set(words)) >= 300
     assert all(re.fullmatch("[a-z]+", word) for word in words)
-    pun = Pun("a", "The Angle, of course.", "homographic", True, "Angle")
-    not_pun = Pun("b", "An array.", "homographic", False)
-    assert set(words) - set(people.everyday_words([pun, not_pun])) == {"angle"}
+    angle = pun("a", "The Angle, of course.", word="Angle", alt="", lemma="")
+    left = people.everyday_words([angle, plain("b", "An array.")])
+    assert set(words) - set(left) == {"angle"}
 
 
 def test_comparisons_by_hand():
     """One comparison of each source is possible here, apart from two detections."""
     full = dict(part="full", raters=(0, 1), n_offensive=0)
-    puns = [Pun("a", "Bakers knead dough.", "heterographic", True, "knead", "need", "knead",
-                (7, 12), ratings=(3, 4), **full),
-            Pun("b", "No pun today.", "heterographic", False, ratings=(1, 4), **full),
-            Pun("c", "Nor one here.", "heterographic", False)]
+    puns = [pun("a", "Bakers knead dough.", ratings=(3, 4), **full),
+            plain("b", "No pun today.", ratings=(1, 4), **full), plain("c", "Nor one here.")]
     prompt = 'A pun with the word "knead":'
     # The raters of this one agree that it is offensive: nobody learns from it.
     puns.append(puns[0]._replace(id="d", text="You knead it.", ratings=(5, 5), n_offensive=2))
@@ -109,9 +104,9 @@ def test_a_judge_is_measured_by_hand(monkeypatch):
     monkeypatch.setattr(people, "score_texts", lambda judge, tok, prompts, texts, autocast:
                         torch.tensor([float(len(text)) for text in texts]))
     full = dict(part="full", raters=(0, 1))
-    puns = [Pun("a", "Six or so.", "homographic", True, ratings=(4, 4), **full),
-            Pun("b", "Two.", "homographic", True, ratings=(3, 3), **full),
-            Pun("c", "No pun at all.", "homographic", False, ratings=(0, 0), **full)]
+    puns = [pun("a", "Six or so.", word="Six", ratings=(4, 4), **full),
+            pun("b", "Two.", word="Two", ratings=(3, 3), **full),
+            plain("c", "No pun at all.", ratings=(0, 0), **full)]
     pairs = [{"source": "minimal", "prompt": "", "chosen": "longer", "rejected": "short"},
              {"source": "sampled", "prompt": "", "chosen": "short", "rejected": "longer"}]
     row = people.measure_judge(SimpleNamespace(model=None), puns, pairs, off)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 import torch.nn as nn
@@ -292,16 +293,6 @@ def run_of(folder, sft_ckpt, reward_fn=count_e, **changes):
     return folder
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(baseline="gae"), "--baseline is critic, rloo, grpo or dr_grpo"),
-    (dict(loss="dpo"), "--loss is ppo, gspo or cispo"),
-    (dict(baseline="rloo"), "needs --group_size of at least 2"),
-    (dict(batch_size=10), "must be a multiple"), (dict(group_size=3), "must be a multiple")])
-def test_options_that_contradict_each_other(tmp_path, sft_ckpt, changes, message):
-    with pytest.raises(InputError, match=message):
-        run_of(tmp_path, sft_ckpt, **changes)
-
-
 @pytest.mark.parametrize("scores, message", [
     ([1.0] * 7, r"one number for each of the 8 texts, and not numbers of shape \(7,\)"),
     ([[1.0]] * 8, r"shape \(8, 1\)"), (1.0, r"shape \(\)"), (["good"] * 8, "a list of numbers"),
@@ -357,10 +348,9 @@ def test_what_the_reward_model_prefers_becomes_more_frequent(tmp_path, sft_ckpt)
     assert after.mean() > before.mean() + before.std()
     logged = column(tmp_path, "score")
     assert logged[-1] > logged[0] + 1
-    saved = torch.load(tmp_path / "reward.pt", weights_only=True)
-    torch.save(saved | {"tokenizer_fingerprint": "other"}, tmp_path / "reward.pt")
-    with pytest.raises(InputError, match="reward.pt has another tokenizer than"):
-        run_of(tmp_path, sft_ckpt, None, reward=str(tmp_path / "reward.pt"))
+    other = conftest.with_another_tokenizer(tmp_path / "reward.pt", tmp_path / "other.pt")
+    with pytest.raises(InputError, match="other.pt has another tokenizer than"):
+        run_of(tmp_path, sft_ckpt, None, reward=other)
 
 
 def test_an_adapter_scores_as_the_merged_reward_model_does(tmp_path, sft_ckpt):
@@ -412,8 +402,7 @@ def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):
              dict(max_steps=1), dict(trainable="last:1"), dict(lora=2)]
     elsewhere = {"out_dir", "init", "reward", "data", "sample_interval",    # below, and above
                  "device", "dtype", "checkpointing"}            # test_stages.py and test_lora.py
-    fields = {field.name for field in dataclasses.fields(ppo.Config)}
-    assert set().union(*table) | elsewhere == fields
+    assert set().union(*table) | elsewhere == conftest.options_of(ppo)
     base = weights(run_of(tmp_path, sft_ckpt, kl_coef=0.2))["h.0.mlp.c_fc.weight"]
     for changes in [{}, *table]:
         other = weights(run_of(tmp_path, sft_ckpt, **dict(kl_coef=0.2) | changes))

@@ -1,11 +1,10 @@
 """Sampling: which policies, which prompt, and what stands beside a sample."""
 
 import io
-import shutil
 
 import pytest
 import torch
-from conftest import CPU, off, records
+from conftest import CPU, copies, off, records, with_another_tokenizer
 
 import sample
 from common import InputError, read_jsonl
@@ -18,10 +17,7 @@ from reward_model import score_texts
 def runs(tmp_path, monkeypatch, sft_ckpt, tok):
     """A folder with runs/ in it: two policies and a reward model."""
     monkeypatch.chdir(tmp_path)
-    for name in ("ppo", "sft"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        shutil.copy(sft_ckpt, f"runs/{name}/ckpt.pt")
-    return tmp_path / "runs"
+    return copies(tmp_path / "runs", sft_ckpt, "ppo", "sft")
 
 
 def add_reward_model(sft_ckpt, tok):
@@ -98,8 +94,7 @@ def test_another_tokenizer_gets_no_score(runs, capsys, sft_ckpt, tok, monkeypatc
     """Its ids mean other tokens to the reference and the reward model."""
     add_reward_model(sft_ckpt, tok)
     for path in ("runs/sft/ckpt.pt", "runs/reward_model/ckpt.pt"):
-        saved = torch.load(path, weights_only=True)
-        torch.save(saved | {"tokenizer_fingerprint": "other"}, path)
+        with_another_tokenizer(path, path)
     out = output_of(capsys, prompt="a banker", policies=("runs/ppo/ckpt.pt",))
     assert "About a banker:" in out and "kl" not in out and "score" not in out
     with pytest.raises(InputError, match="another tokenizer than"):

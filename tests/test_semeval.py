@@ -194,6 +194,10 @@ def pun(name="p", text="Bakers knead dough.", kind="heterographic", word="knead"
     return Pun(name, text, kind, bool(word), word, alt, lemma, (start, start + len(word)), **more)
 
 
+def plain(name, text, kind="heterographic", **more):
+    return Pun(name, text, kind, False, **more)
+
+
 def test_rated_pairs_by_hand():
     raters = (0, 1, 2)
     a = pun("a", raters=raters, ratings=(3, 2, 0), part="full")
@@ -211,10 +215,9 @@ def test_rated_pairs_by_hand():
 
 
 def test_detection_pairs_are_of_one_kind_and_length():
-    plain = [Pun("1", "Bakers bake bread.", "heterographic", False),
-             Pun("2", "Bakers bake bread.", "homographic", False),
-             Pun("3", "Bakers bake bread all night long.", "heterographic", False)]
-    pairs = semeval.detection_pairs([*plain, pun()])
+    texts = [plain("1", "Bakers bake bread."), plain("2", "Bakers bake bread.", "homographic"),
+             plain("3", "Bakers bake bread all night long."), pun()]
+    pairs = semeval.detection_pairs(texts)
     assert [(a.id, b.id) for a, b in pairs] == [("p", "1")]
 
 

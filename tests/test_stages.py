@@ -1,10 +1,8 @@
 """What all stages have in common: programs, options, the chain, resuming, and errors."""
 
 import ast
-import contextlib
 import dataclasses
 import functools
-import io
 import json
 import math
 import os
@@ -18,10 +16,11 @@ import sys
 import typing
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import tyro
-from conftest import CPU, ROOT, RUN_FILES, make, pairs, records, tiny, without_times
+from conftest import ROOT, RUN_FILES, STAGES, make, options_of, pairs, records, starts_of, tiny
 
 import common
 import discriminator
@@ -37,9 +36,8 @@ from data import tokenizer_of
 from discriminator import load_discriminator
 from model import load_model, load_reward_model, save_model
 
-TRAINING = {module.__name__: module for module in (sft, reward_model, discriminator, ppo, dpo, gan)}
-STAGES = TRAINING | {"evaluate": evaluate, "sample": sample}
-MODULES = ["common", "optim", "model", "data", "puns", "lora", *STAGES]
+PROGRAMS = STAGES | {"evaluate": evaluate, "sample": sample}
+MODULES = ["common", "optim", "model", "data", "puns", "lora", *PROGRAMS]
 
 # -----------------------------------------------------------------------------
 # programs
@@ -66,16 +64,13 @@ def test_imports_have_no_effect(tmp_path):
 def test_no_stage_imports_from_real():
     """Not in a function either."""
     for path in ROOT.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
-            if isinstance(node, ast.ImportFrom):
-                names.append(node.module or "")
-            assert not any(name.partition(".")[0] == "real" for name in names), path.name
+        code = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) real\b", code, re.MULTILINE), path.name
 
 
 def test_no_stage_asks_for_its_rank_or_architecture():
     """The word `arch` stands in no stage but sft.py, which makes the model."""
-    for name in ("model", *TRAINING):
+    for name in ("model", *STAGES):
         tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
         names = {getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(tree)}
         assert not names & {"rank", "world_size", "distributed"}, name
@@ -83,7 +78,7 @@ def test_no_stage_asks_for_its_rank_or_architecture():
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch):
+def call(tmp_path, monkeypatch, capsys):
     """Runs a stage as a program in an empty folder, without starting another Python.
 
     call(line) -> (exit code, stdout, stderr)"""
@@ -91,25 +86,23 @@ def call(tmp_path, monkeypatch):
 
     def run(line):
         name, *args = line.split()
-        out, err, code = io.StringIO(), io.StringIO(), 0
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-            except SystemExit as stop:
-                code = stop.code or 0
-        return code, out.getvalue(), err.getvalue()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
 
     return run
 
 
 def test_help_names_every_option(call, tmp_path):
-    for name, module in STAGES.items():
+    for name, module in PROGRAMS.items():
         code, out, err = call(f"{name} --help")
         assert code == 0 and "usage:" in out and not err
-        for field in dataclasses.fields(module.Config):
-            option = field.name.replace("_", "[-_]")
-            assert re.search(rf"--{option}\b", out) or field.name == "prompt", field.name
+        for name in options_of(module) - {"prompt"}:
+            assert re.search(rf"--{name.replace('_', '[-_]')}\b", out), name
     assert list(tmp_path.iterdir()) == []
 
 
@@ -119,24 +112,42 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(call, tmp_path):
     Path("bad.jsonl").write_text(rows, encoding="utf-8")
     none = "runs/none/ckpt.pt does not exist; check the path"
     sft_missing = "runs/sft/ckpt.pt does not exist; make it with: python sft.py"
-    mistakes = [(name, sft_missing) for name in TRAINING if name != "sft"]
+    mistakes = [(name, sft_missing) for name in STAGES if name != "sft"]
     mistakes += [("evaluate", sft_missing), ("sample owl", "there is no policy in runs/"),
                  ("sft --init runs/none/ckpt.pt", none), ("gan --init runs/none/ckpt.pt", none),
                  ("sft --data bad.jsonl", "bad.jsonl:2: 'completion' must be text"),
                  ("sft --data none.jsonl", "none.jsonl: cannot be read"),
                  ("sft --arch rnn", "--arch is gpt or palm or llama or t5, not 'rnn'"),
                  ("sft --tokenizer bpe", "there is no tokenizer 'bpe'"),
+                 ("sft --init x --n_layer 9", "--n_layer has no effect with --init x: leave one"),
+                 ("dpo --data x --noise 0.1", "--noise has no effect with --data x"),
+                 ("dpo --online x --noise 0.1", "--noise has no effect with --online x"),
+                 ("dpo --online x --corpus_size 9", "--corpus_size has no effect with --online x"),
+                 ("dpo --group_size 9", "--group_size has no effect without --online"),
+                 ("sft --val_data x", "--val_data has no effect without --data"),
+                 ("dpo --simpo_gamma 1", "--simpo_gamma has no effect with --loss dpo"),
+                 ("ppo --baseline rloo --group_size 2 --lam 0.5", "--lam has no effect with --ba"),
+                 ("gan --tau 0.5", "--tau has no effect with --estimator reinforce"),
+                 ("sft --epochs 1 --max_steps 1", "--epochs and --max_steps both say how long"),
+                 ("discriminator --reads logits", "--reads is tokens or states, not 'logits'"),
                  ("ppo --baseline gae", "--baseline is critic, rloo, grpo or dr_grpo, not 'gae'"),
-                 ("dpo --loss ppo", "--loss is one of dpo"),
+                 ("ppo --loss dpo", "--loss is ppo, gspo or cispo"),
+                 ("ppo --baseline rloo", "--baseline rloo compares responses to one prompt"),
+                 ("ppo --batch_size 10", "--batch_size must be a multiple of --minibatch_size"),
+                 ("ppo --group_size 3", "--batch_size must be a multiple of"),
+                 ("ppo --temperature 0", "--temperature 0 always writes the same response"),
+                 ("dpo --loss ppo", "--loss is one of dpo, cdpo"),
+                 ("dpo --online r.pt --group_size 1", "--group_size must be 2 or more"),
                  ("gan --estimator argmax", "--estimator is reinforce, gumbel or hidden"),
-                 ("evaluate --compare .", ". holds no <arch>-<seed>/report.json"),
-                 ("sft --device tpu", "--device is cuda, mps or cpu, not 'tpu'"),
-                 ("sft --dtype float16", "--dtype is float32 or bfloat16, not 'float16'")]
+                 ("gan --objective wasserstein", "--objective is nonsaturating or original"),
+                 ("gan --baseline none", "--baseline is critic"),
+                 ("gan --batch_size 6", "--batch_size must be a multiple of --minibatch_size"),
+                 ("evaluate --compare .", ". holds no <arch>-<seed>/report.json")]
     for line, message in mistakes:
-        code, out, err = call(line + ("" if "--device" in line else " --device cpu"))
+        code, out, err = call(f"{line} --device cpu")
         assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1, line
         assert not out, line
-    for name in STAGES:
+    for name in PROGRAMS:
         code, _, err = call(f"{name} --no_such_option 1")
         assert code == 2 and "no_such_option" in err.replace("-", "_")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
@@ -152,18 +163,17 @@ def options_read(path):
 
 def test_every_option_is_read():
     """By its stage or by the modules below it. ppo.py serves gan.py, too."""
-    for name, module in STAGES.items():
+    for name, module in PROGRAMS.items():
         files = [name, "common", "data"] + ["lora"] * (name not in ("gan", "discriminator"))
         files += ["ppo", "discriminator"] if name == "gan" else []
         read = set.union(*(options_read(ROOT / f"{file}.py") for file in files))
-        fields = {field.name for field in dataclasses.fields(module.Config)}
-        assert not fields - read, name
+        assert not options_of(module) - read, name
 
 
 def test_an_option_means_the_same_everywhere():
     """One name, one type. No default is shared between two configs."""
     types = {}
-    for module in STAGES.values():
+    for module in PROGRAMS.values():
         for field in dataclasses.fields(module.Config):
             kind = (typing.get_args(field.type) or [field.type])[0]     # without "| None"
             assert types.setdefault(field.name, kind) == kind, field.name
@@ -177,7 +187,7 @@ def configs_of(*arguments):
     """{stage and out_dir: its Config} of all stages that make would run."""
     lines, _ = make("-B", "PY=python", "all", "gans", "R=runs/x", *arguments)
     lines = [shlex.split(line) for line in lines]
-    configs = [tyro.cli(STAGES[words[1].removesuffix(".py")].Config, args=words[2:])
+    configs = [tyro.cli(PROGRAMS[words[1].removesuffix(".py")].Config, args=words[2:])
                for words in lines if words[0] == "python" and words[1].endswith(".py")]
     assert len(configs) == 10                   # seven of make, and three of make gans
     return configs
@@ -223,6 +233,10 @@ def test_make_says_what_it_does(tmp_path, arguments, has_gpu, first_line):
 # -----------------------------------------------------------------------------
 # the chain
 
+# {estimator of the GAN: the discriminator that it needs}
+READS = {"reinforce": "discriminator", "gumbel": "discriminator", "hidden": "disc_states"}
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, sft_ckpt):
     """A folder with all stages, each from the checkpoints of those before it."""
@@ -231,31 +245,22 @@ def chain(tmp_path_factory, sft_ckpt):
     starts = starts_of(root)
     for name in ("reward_model", "discriminator", "ppo", "dpo"):
         data = pairs(root) if name in ("reward_model", "dpo") else ""
-        TRAINING[name].train(tiny(TRAINING[name], root / name, data=data, lstm=True, **starts))
+        STAGES[name].train(tiny(STAGES[name], root / name, data=data, lstm=True, **starts))
     discriminator.train(tiny(discriminator, root / "disc_states", reads="states", **starts))
-    for estimator in ("reinforce", "gumbel", "hidden"):
+    for estimator, disc in READS.items():
         gan.train(tiny(gan, root / f"gan_{estimator}", estimator=estimator,
-                       **starts_of(root, estimator)))
-    evaluate.main(evaluate.Config(out_dir=str(root), reference=starts["sft_ckpt"], samples=10,
-                                  reward=starts["reward"], best_of=(2,), **CPU))
+                       **starts_of(root, disc)))
     return root
-
-
-def starts_of(root, estimator=""):
-    """Where each stage of a chain starts, as arguments of tiny()."""
-    stages = dict(sft_ckpt="sft", reward="reward_model", disc="discriminator")
-    stages |= dict(disc="disc_states") if estimator == "hidden" else {}
-    return {name: str(root / stage / "ckpt.pt") for name, stage in stages.items()}
 
 
 @pytest.mark.parametrize("name", ["sft", "reward_model", "discriminator", "ppo", "dpo",
                                   "gan_reinforce", "gan_gumbel", "gan_hidden"])
 def test_a_run_leaves_what_it_promises(chain, name):
-    folder, module = chain / name, TRAINING[name if name in TRAINING else "gan"]
+    folder, module = chain / name, STAGES[name if name in STAGES else "gan"]
     more = {"discriminator.pt"} if module is gan else set()
     assert {path.name for path in folder.iterdir()} == RUN_FILES | more
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert set(config) == {field.name for field in dataclasses.fields(module.Config)}
+    assert set(config) == options_of(module)
     rows = read_jsonl(folder / "metrics.jsonl")
     assert rows and all(math.isfinite(value) for row in rows for value in row.values())
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
@@ -270,12 +275,6 @@ def test_a_run_leaves_what_it_promises(chain, name):
     moved = [not torch.equal(a, b)
              for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
     assert all(moved) or name == "sft"
-
-
-def test_the_report_has_every_policy(chain):
-    report = json.loads((chain / "report.json").read_text(encoding="utf-8"))
-    assert [row["policy"] for row in report["rows"]] == [
-        "sft", "best of 2", "dpo", "gan_gumbel", "gan_hidden", "gan_reinforce", "ppo"]
 
 
 def test_every_choice_of_an_option_runs(chain, tmp_path):
@@ -336,29 +335,15 @@ def test_dropout_is_off_where_log_probs_are_compared(tmp_path, sft_ckpt):
 # own files
 
 def test_own_files_go_through_every_stage(chain, tmp_path):
-    """Prompts of any length and language, and answers of any."""
-    prompts = ["About a banker:", "Hi", "Tell me a joke about naïve cafés 😀:", "Why?"] * 5
-    rows = [{"prompt": prompt, "completion": " no" + " yes" * (i % 3), "chosen": " yes",
-             "rejected": " no" * (1 + i % 5)} for i, prompt in enumerate(prompts)]
+    """Prompts of any language. Each record fits the block of 48, but not the longest prompt with
+    the longest answer."""
+    prompts = ["About a banker:", "Tell me a joke about naïve cafés 😀:", "1 " * 20]
+    texts = [(prompt, " no" * (i % 3 + 1), " yes") for i, prompt in enumerate(prompts * 5)]
+    rows = [{"prompt": prompt, "completion": chosen, "chosen": chosen, "rejected": rejected}
+            for prompt, chosen, rejected in [*texts, *[("Hi", "1 " * 20, " 2")] * 5]]
     data = records(tmp_path / "mine.jsonl", rows)
-    for name, module in TRAINING.items():
+    for name, module in STAGES.items():
         module.train(tiny(module, tmp_path / name, data=data, **starts_of(chain)))
-    alone = records(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    report, _ = evaluate.evaluate(evaluate.Config(
-        out_dir=str(tmp_path), reference=starts_of(chain)["sft_ckpt"], data=alone, samples=8,
-        reward=starts_of(chain)["reward"], best_of=(), **CPU))
-    assert [row["policy"] for row in report["rows"]] == ["sft", "dpo", "gan", "ppo", "sft"]
-    assert report["p0"] is None
-
-
-def test_a_batch_may_be_wider_than_the_block(tmp_path, sft_ckpt):
-    """Each record fits the block of 48, but not the longest prompt with the longest answer."""
-    rows = [{"prompt": "1 " * 22, "completion": " no"}, {"prompt": "Hi", "completion": "1 " * 20}]
-    for row in rows:
-        row |= {"chosen": row["completion"], "rejected": " 2"}
-    data = records(tmp_path / "long.jsonl", rows * 10)
-    for module in (sft, dpo, reward_model):
-        module.train(tiny(module, tmp_path / module.__name__, sft_ckpt, data=data))
 
 
 def test_a_text_that_does_not_fit_is_named_before_training(chain, tmp_path):
@@ -366,7 +351,7 @@ def test_a_text_that_does_not_fit_is_named_before_training(chain, tmp_path):
     row = {"prompt": "Hi", "completion": " no", "chosen": " no", "rejected": " yes"}
     long = {field: "1 " * 30 for field in row} | {"rejected": " yes"}
     data = records(tmp_path / "long.jsonl", [row] * 20 + [long])
-    for name, module in TRAINING.items():
+    for name, module in STAGES.items():
         config = tiny(module, tmp_path / name, data=data, val_data=data, **starts_of(chain))
         with pytest.raises(InputError, match=r"long.jsonl:21: .* block holds 4"):
             module.train(config)
@@ -398,7 +383,8 @@ def train_and_die(module, config):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks processes")
 @pytest.mark.parametrize("module, changes", [
-    (sft, {}), (reward_model, {}), (discriminator, {}), (dpo, {}), (ppo, {}), (gan, {}),
+    (sft, dict(init="", n_layer=1, n_head=2, n_embd=32, n_inner=0)),        # with Muon
+    (reward_model, {}), (discriminator, {}), (dpo, {}), (ppo, {}), (gan, {}),
     (dpo, dict(online="reward_model/ckpt.pt", lora=2)), (gan, dict(estimator="gumbel")),
     (gan, dict(estimator="hidden"))])
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(chain, tmp_path, module, changes,
@@ -408,15 +394,16 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(chain, tmp_path, module,
     data = pairs(tmp_path) if module in (reward_model, dpo) else ""
     sizes = dict(max_steps=7, eval_interval=4, sample_interval=4, lr=1e-3, data=data) | changes
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    config = tiny(module, killed, **starts_of(chain, changes.get("estimator")), **sizes)
+    config = tiny(module, killed, **starts_of(chain, READS[changes.get("estimator", "gumbel")]),
+                  **sizes)
     train_and_die(module, config)
     assert torch.load(killed / "state.pt", weights_only=True)["step"] == 4
     assert read_jsonl(killed / "metrics.jsonl")[-1]["step"] == 6
     assert not (killed / "ckpt.pt").exists()
     module.train(config)
     module.train(dataclasses.replace(config, out_dir=str(whole)))
-    assert without_times(killed) == without_times(whole)
+    assert conftest.without_times(killed) == conftest.without_times(whole)
     assert (killed / "samples.txt").read_bytes() == (whole / "samples.txt").read_bytes()
     a, b = (torch.load(run / "ckpt.pt", weights_only=True)["model"] for run in (killed, whole))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert conftest.same(a, b)
     assert not (killed / "state.pt").exists() and not list(killed.glob("*.tmp"))
