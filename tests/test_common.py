@@ -134,7 +134,7 @@ def train(folder, stop_at=None, shift=0, **options):
     torch.manual_seed(config.seed)
     model, average = nn.Linear(3, 1), torch.zeros(1)
     optimizer, rng = adamw(model, config.lr), common.make_rng("cpu", config.seed)
-    numbers = torch.arange(20)[:, None].repeat(1, 3) + shift
+    numbers = torch.arange(16)[:, None].repeat(1, 3) + shift    # an epoch ends with a saved state
     batches = Batches({"x": numbers}, 4, 99, "cpu", config.seed)
     run = Run("toy", config)
     for step in run.steps(4, model=model, optimizer=optimizer, batches=batches, rng=rng,

@@ -248,29 +248,6 @@ def test_texts_of_one_length_share_a_batch():
     ranges.sort()
     assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
 
-
-@pytest.mark.parametrize("steps", [0, 1, 5, 8])
-def test_batches_resume_in_the_middle(steps):
-    first, second = batches_of(), batches_of()
-    for _ in range(steps):
-        first.next()
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    for _ in range(12):
-        assert torch.equal(first.next()["completion"], second.next()["completion"])
-
-
-def test_processes_share_the_records_of_a_step(monkeypatch):
-    """Three ranks with batches of 2 take, together, the records of one with batches of 6."""
-    batches, parts = batches_of(batch_size=6), []
-    whole = [sorted(numbers(batches.next())) for _ in range(7)]
-    monkeypatch.setattr(data, "world_size", lambda: 3)
-    for rank in range(3):
-        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
-        batches = batches_of(batch_size=2)
-        parts.append([numbers(batches.next()) for _ in range(7)])
-    for step in range(7):
-        assert sorted(sum((part[step] for part in parts), [])) == whole[step]
-
 # -----------------------------------------------------------------------------
 # what a model writes
 

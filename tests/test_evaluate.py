@@ -5,17 +5,15 @@ import dataclasses
 import json
 import math
 import random
-import re
 
 import pytest
 import torch
-from conftest import CPU, ROOT, copies, records, toy, with_another_tokenizer
+from conftest import CPU, copies, records, toy, with_another_tokenizer
 
 import evaluate
-import sft
 from common import InputError, read_jsonl
 from evaluate import best_of_n_kl, format_cells, interval, min_kl, self_bleu, summarize
-from model import ModelConfig, RewardModel, build_model, load_model, save_model
+from model import RewardModel, load_model, save_model
 
 # -----------------------------------------------------------------------------
 # arithmetic
@@ -203,20 +201,3 @@ def test_several_runs_in_one_table(tmp_path, tok):
     assert lines[3].startswith("| t5, 0.01 M | ppo | 1 | - | 100.0 |") and "| -0.50 |" in lines[3]
     with pytest.raises(InputError, match="make compare"):
         evaluate.compare(tmp_path / "gpt-1")
-
-
-def test_the_architectures_that_are_compared_are_equally_large(tok):
-    """Within 5 % of the default gpt, at the sizes that the Makefile gives to make compare."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-
-    def parameters(arch):
-        names = ("n_layer", "n_head", "n_embd", "n_inner", "block_size")
-        sizes = {name: getattr(sft.Config(), name) for name in names}
-        found = re.search(rf"\(\$\(ARCH\),{arch}\)\n +SFT *\+= (.*)", makefile)
-        for name, value in re.findall(r"--(n_\w+) (\d+)", found[1] if found else ""):
-            sizes[name] = int(value)
-        model = build_model(ModelConfig(arch=arch, vocab_size=tok.vocab_size, **sizes))
-        return sum(p.numel() for p in model.parameters())
-
-    for arch in ("palm", "t5"):
-        assert parameters(arch) == pytest.approx(parameters("gpt"), rel=0.05), arch

@@ -36,14 +36,6 @@ def test_bradley_terry_by_hand(gap, options, expected):
     assert scores.grad.isfinite().all()
 
 
-def test_each_record_has_its_own_margin_and_share():
-    scores = torch.tensor([[1.5, 0.0], [0.0, 0.0]])
-    found = ranking_loss(scores, margin=torch.tensor([1.0, 0.0])).item()
-    assert found == pytest.approx((.47408 + math.log(2)) / 2, abs=1e-5)
-    found = ranking_loss(scores, share=torch.tensor([0.8, 0.5])).item()
-    assert found == pytest.approx((.50141 + math.log(2)) / 2, abs=1e-5)
-
-
 def test_a_ranking_of_three_is_the_mean_of_its_three_pairs():
     scores, margin = torch.tensor([[1.0, .2, -.5], [0.0, 2.0, .3]]), torch.tensor([.5, 1.0])
     for options in ({}, {"margin": margin}):

@@ -193,6 +193,10 @@ def configs_of(*arguments):
     return configs
 
 
+def n_parameters(config):
+    return sum(p.numel() for p in sft.make_model(config, "cpu")[0].parameters())
+
+
 # What TINY=1 may change: how long and how wide. All else is as in the size that it stands for.
 TINY_OPTIONS = {"corpus_size", "max_steps", "eval_interval", "sample_interval", "max_new_tokens",
                 "n_layer", "n_head", "n_embd", "n_inner", "samples", "best_of"}
@@ -205,6 +209,8 @@ def test_make_runs_each_size_with_options_that_fit(size, arch):
     whole = configs_of(f"SIZE={size}", f"ARCH={arch}")
     short = configs_of(f"SIZE={size}", f"ARCH={arch}", "TINY=1")
     assert whole[0].arch == arch and (whole[0].n_embd == 512) == (size == "gpu")
+    if size == "cpu":               # architectures that are compared are equally large
+        assert n_parameters(whole[0]) == pytest.approx(n_parameters(sft.Config()), rel=0.05)
     for a, b in zip(whole, short, strict=True):
         common.check_options(a)
         a, b = dataclasses.asdict(a), dataclasses.asdict(b)
