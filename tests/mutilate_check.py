@@ -24,7 +24,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from conftest import TINY_SFT, records, tiny  # noqa: E402
+from conftest import TINY_SFT, pairs, tiny  # noqa: E402
 
 import common  # noqa: E402
 import dpo  # noqa: E402
@@ -97,9 +97,7 @@ def main(n=500):
         root = Path(temporary)
         sft.train(sft.Config(out_dir=str(root / "sft"), **TINY_SFT | dict(max_steps=2)))
         shutil.copytree(ROOT / "lexicon", root / "lexicon")
-        records(root / "pairs.jsonl", [{"prompt": "About a banker:", "chosen": f" yes {i}",
-                                        "rejected": " no"} for i in range(20)])
-        config = tiny(dpo, root / "run", root / "sft/ckpt.pt", data=str(root / "pairs.jsonl"))
+        config = tiny(dpo, root / "run", root / "sft/ckpt.pt", data=pairs(root))
         finish, common.Run.finish = common.Run.finish, lambda run: None
         dpo.train(config)                                       # as if it were killed at its end
         common.Run.finish = finish

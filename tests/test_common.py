@@ -187,17 +187,14 @@ def test_tokens_per_second(tmp_path, monkeypatch):
     monkeypatch.setattr(common.time, "time", lambda: now[0])
     batches = Batches({"x": torch.ones(20, 3)}, 4, 99, "cpu", 0)
     run = Run("toy", Config(out_dir=str(tmp_path), **CPU))
-    for _ in run.steps(4, batches=batches):
-        batches.next()
-        now[0] += 5
+    steps = run.steps(4, batches=batches)
+    next(steps)
+    for n_batches, n_sampled, seconds in ((1, 0, 5), (0, 0, 7), (1, 20, 4)):
+        for _ in range(n_batches):
+            batches.next()
+        run.sampled_tokens += n_sampled
+        now[0] += seconds
         run.log(loss=1.0)
-        now[0] += 7
-        run.log(val_nll=1.0)
-        run.sampled_tokens += 20
-        batches.next()
-        now[0] += 4
-        run.log(loss=1.0)
-        break
     rates = [row.get("tokens_per_second") for row in read_jsonl(tmp_path / "metrics.jsonl")]
     assert rates == [round(12 / 5), None, round((12 + 20) / 4)]
 
