@@ -171,9 +171,9 @@ def steps_with(rows, name):
 TRAIN_OPTIONS = {"lr", "weight_decay", "grad_clip", "warmup_steps", "log_interval", "eval_interval"}
 
 
-def check_train_options(run, held_out, still=()):
-    """What TRAIN_OPTIONS do: when a run logs and when it measures `held_out`; and what those of
-    AdamW do to the weights after one step at the rate 1e-2.
+def check_train_options(run, held_out, logged="lr", still=()):
+    """What TRAIN_OPTIONS do: when a run logs `logged` and when `held_out`; and what those of AdamW
+    do to the weights after one step at the rate 1e-2.
 
     run(**options) -> (rows of its metrics, model). still: names of weights without a gradient."""
     def weights_after(**options):
@@ -181,7 +181,7 @@ def check_train_options(run, held_out, still=()):
         return {name: p.detach() for name, p in run(**sizes)[1].named_parameters()}
 
     rows, _ = run(max_steps=5, log_interval=3, eval_interval=2)
-    assert steps_with(rows, "loss") == [1, 4, 5] and steps_with(rows, held_out) == [2, 4, 5]
+    assert steps_with(rows, logged) == [1, 4, 5] and steps_with(rows, held_out) == [2, 4, 5]
     start, plain = weights_after(lr=0.0), weights_after(weight_decay=0.0)
     decayed, warm = weights_after(weight_decay=0.1), weights_after(warmup_steps=4, weight_decay=0.0)
     clipped = weights_after(grad_clip=1e-10, weight_decay=0.0)
