@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
