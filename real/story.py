@@ -5,7 +5,7 @@ What notebook 8 tells of a finished run on real puns: numbers, and what the poli
 
 Of people's texts it holds numbers alone, and of the policies' texts those that are no near-copies
 of a training text. So the file may be passed on, as the data may not: notebooks/real_run.json is
-such a file. If somebody has compared two policies, the answers are in it, too:
+such a file. If people have compared two policies, their answers (blind*.jsonl) are in it, too:
 
     python -m real.label --blind runs/real/sft runs/real/ppo --out runs/real/blind.jsonl \\
         --data runs/real/data/unseen_prompts.jsonl
@@ -101,16 +101,16 @@ def tell_samples(rows, overlap):
     return told
 
 
-def tell_blind(folder, gold, overlap, autocast):
+def tell_blind(path, gold, overlap, autocast):
     """The pairs that somebody compared without knowing which policy wrote which, with the judge's
-    scores. "win" is 1 where the second policy won, and 0.5 for a tie."""
-    if not (folder / "blind.jsonl").exists():
-        return []
-    key = read_jsonl(folder / "blind.key.jsonl")
+    scores. "win" is 1 where the second policy won, and 0.5 for a tie.
+
+    path: of the answers; the key is beside it."""
+    key = read_jsonl(path.with_suffix(".key.jsonl"))
     _, a, b = key[0]
     writers = {key_of(*row.values()): row for row in key}
     told = []
-    for answer in read_jsonl(folder / "blind.jsonl"):
+    for answer in read_jsonl(path):
         pair = key_of(answer["prompt"], answer["chosen"], answer["rejected"])
         win = 0.5 if answer.get("share") == 0.5 else float(answer["chosen"] == writers[pair][b])
         texts = [writers[pair][policy].strip() for policy in (a, b)]
@@ -155,7 +155,8 @@ def write_story(config):
         "runs": {name: tell_run(folder / name / "samples.jsonl", curve, overlap)
                  for name, curve in report["curves"].items()},
         "samples": tell_samples(samples, overlap),
-        "blind": tell_blind(folder, judges["gold"], overlap, autocast)}
+        "blind": {path.stem: tell_blind(path, judges["gold"], overlap, autocast)
+                  for path in sorted(folder.glob("blind*.jsonl")) if path.suffixes == [".jsonl"]}}
     # Four digits of each number are enough, and make half the size.
     story = json.loads(json.dumps(story), parse_float=lambda digits: float(f"{float(digits):.4g}"))
     write_text(folder / "story.json", json.dumps(story) + "\n")

@@ -63,7 +63,6 @@ def test_blind_answers_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(story, "tokenizer_of", lambda model: None)
     monkeypatch.setattr(story, "score_texts", lambda judge, tok, prompts, texts, autocast:
                         torch.tensor([float(len(text)) for text in texts]))
-    assert story.tell_blind(tmp_path, None, None, off) == []        # nobody has compared
     prompt = word_prompt("sole")
     key = [{"prompt": prompt, "runs/sft": f"s{i}", "runs/ppo": f" long p{i}"} for i in range(4)]
     answers = [(key[0]["runs/ppo"], "s0"), ("s1", key[1]["runs/ppo"]), ("s2", key[2]["runs/ppo"]),
@@ -73,7 +72,8 @@ def test_blind_answers_by_hand(tmp_path, monkeypatch):
     rows[2]["share"] = 0.5
     write_jsonl(tmp_path / "blind.key.jsonl", key)
     write_jsonl(tmp_path / "blind.jsonl", rows)
-    told = story.tell_blind(tmp_path, SimpleNamespace(model=None), lambda text: text == "s3", off)
+    told = story.tell_blind(tmp_path / "blind.jsonl", SimpleNamespace(model=None),
+                            lambda text: text == "s3", off)
     assert [row["win"] for row in told] == [1, 0, 0.5]
     assert told[0] == {"prompt": prompt, "texts": ["s0", "long p0"], "policies": ["sft", "ppo"],
                        "win": 1, "gold": [3, 8]}
