@@ -31,8 +31,8 @@ from common import InputError, atomic_write, progress_bar
 @dataclass(slots=True)
 class ModelConfig:
     arch: str = "gpt"           # gpt, palm, llama or t5
-    vocab_size: int = 4096      # V; the pad id is V, too
-    eos_token_id: int = 4095    # a response ends with this token
+    vocab_size: int = 2560      # V; the pad id is V, too
+    eos_token_id: int = 2559    # a response ends with this token
     block_size: int = 64        # longest prompt + response (T5: longest of either)
     n_layer: int = 4            # T5: this many in the encoder and as many in the decoder
     n_head: int = 4             # nh, attention heads
@@ -47,7 +47,7 @@ class ModelConfig:
     qkv_bias: bool = False      # True is Qwen2
     tied: bool = True           # the head is the embedding
     # T5 alone
-    decoder_start_token_id: int = 4095      # the decoder's first input
+    decoder_start_token_id: int = 2559      # the decoder's first input
     gated: bool = True          # v1.1: gated GELU, untied head; False is v1.0: ReLU, tied head
     n_buckets: int = 32         # buckets of relative distance
     max_distance: int = 128     # the last bucket holds all distances beyond this
