@@ -172,6 +172,7 @@ def run_line(line):
 
 def test_make_real(tmp_path, sft_ckpt, monkeypatch):
     """All lines of real/Makefile, from published weights to the report, on toy puns."""
+    monkeypatch.setattr(people, "MAX_NEW_TOKENS", 16)       # what tiny models have room for
     monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=toy_puns()))
     pretrained.export(sft_ckpt, str(tmp_path / "init"))
     folder = tmp_path / "real"
