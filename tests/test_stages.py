@@ -391,7 +391,8 @@ def train_and_die(module, config):
 @pytest.mark.parametrize("module, changes", [
     (sft, dict(init="", n_layer=1, n_head=2, n_embd=32, n_inner=0)),        # with Muon
     (reward_model, {}), (discriminator, {}), (dpo, {}), (ppo, {}), (gan, {}),
-    (dpo, dict(online="reward_model/ckpt.pt", lora=2)), (gan, dict(estimator="gumbel")),
+    (dpo, dict(online="reward_model/ckpt.pt", lora=2, group_size=2)),
+    (gan, dict(estimator="gumbel")),
     (gan, dict(estimator="hidden"))])
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(chain, tmp_path, module, changes,
                                                         monkeypatch):
