@@ -213,7 +213,7 @@ def evaluate(config):
     rows, samples, curves = [], {}, {}                      # of the table, the page, the figure
 
     def add(name, completions):
-        rows.append(summarize(name, completions, p0))             # a row of the table
+        rows.append(summarize(name, completions, p0))       # a row of the table
         samples[name] = completions                         # kept whole, for report_samples.jsonl
         print(format_row(rows[-1]), flush=True)
 
