@@ -124,6 +124,9 @@ def check_options(config):
         for name in names.split():
             if name in fields:
                 check_range(name, getattr(config, name), low, high)
+    # Logits divided by less than this would be too large for float32 to tell them apart.
+    if 0 < getattr(config, "temperature", 0) < 1e-3:
+        raise InputError(f"--temperature must be 0 or at least 0.001, not {config.temperature:g}")
     for option, values, names in getattr(config, "READ_IF", []):
         value = getattr(config, option)
         are_read = value in values or (not values and value != "")

@@ -34,6 +34,7 @@ from model import (
     DISCRIMINATOR,
     GPTBlock,
     load_model,
+    load_weights,
     mask_bias,
     read_checkpoint,
     rebuild,
@@ -135,12 +136,12 @@ def save_discriminator(path, discriminator, tok, **about):
 
 
 def load_discriminator(path, device="cpu"):
-    """The discriminator of a checkpoint, in eval mode. Raises what read_checkpoint() raises."""
+    """The discriminator of a checkpoint, in eval mode. Raises what load_model() raises."""
     checkpoint = read_checkpoint(path, DISCRIMINATOR)
     # The sizes come from the checkpoint, the weights right after.
     discriminator = Discriminator(rebuild(checkpoint, path), checkpoint["lstm"],
                                   checkpoint["reads"])
-    discriminator.load_state_dict(checkpoint["model"])
+    load_weights(discriminator, checkpoint["model"], path)
     discriminator.tokenizer_fingerprint = checkpoint["tokenizer_fingerprint"]
     return discriminator.to(device).eval()
 

@@ -36,6 +36,7 @@ from model import (
     RewardModel,
     T5Block,
     load_model,
+    load_weights,
     read_tensors,
     save_model,
 )
@@ -252,29 +253,48 @@ def fingerprint(trunk):
     return crc
 
 
+def adapter_weights(model, name):
+    """The part of model.state_dict() that is an adapter's or the heads'."""
+    _, prefix = trunk_of(model)
+    adapter_keys = (f".lora_a.{name}", f".lora_b.{name}")
+    return {key: w for key, w in model.state_dict().items()
+            if key.endswith(adapter_keys) or not key.startswith(prefix)}
+
+
 def save_adapter(path, model, name):
     """Writes an adapter and the model's heads, without the trunk: kilobytes."""
-    trunk, prefix = trunk_of(model)
+    trunk, _ = trunk_of(model)
     layer = lora_layers(trunk)[0]
-    adapter_keys = (f".lora_a.{name}", f".lora_b.{name}")
-    weights = {key: w for key, w in model.state_dict().items()
-               if key.endswith(adapter_keys) or not key.startswith(prefix)}
-    content = {"name": name, "rank": layer.lora_a[name].size(1), "trunk": fingerprint(trunk),
-               "alpha": layer.scale[name] * layer.lora_a[name].size(1), "weights": weights}
+    rank = layer.lora_a[name].size(1)
+    content = {"name": name, "rank": rank, "alpha": layer.scale[name] * rank,
+               "trunk": fingerprint(trunk), "weights": adapter_weights(model, name)}
     with atomic_write(path) as temporary:
         torch.save(content, temporary)
 
 
+def read_adapter(path):
+    """What save_adapter() wrote. Raises InputError if it is damaged or foreign."""
+    saved = read_tensors(path)
+    if not isinstance(saved, dict) or not {"name", "rank", "alpha", "trunk",
+                                           "weights"} <= saved.keys():
+        raise InputError(f"{path} is not an adapter of this version of wordplay; train it again")
+    return saved
+
+
 def load_adapter(path, model):
     """Puts a saved adapter and its heads, frozen, on a model with the trunk that they were
-    trained on. Returns the adapter's name. Raises InputError if it is another trunk."""
-    saved = read_tensors(path)
+    trained on. Returns the adapter's name. Raises InputError if it is another trunk, or if the
+    weights do not fit."""
+    saved = read_adapter(path)
     name, (trunk, _) = saved["name"], trunk_of(model)
     if saved["trunk"] != fingerprint(trunk):
         raise InputError(f"{path}: this adapter was trained on another model than {name}'s is put "
                          "on; train it again from this one")
     add_adapter(model, name, saved["rank"], saved["alpha"])
-    model.load_state_dict(saved["weights"], strict=False)
+    # All else keeps its weights, and no weight of the adapter or a head is left at random.
+    own = adapter_weights(model, name)
+    others = {key: w for key, w in model.state_dict().items() if key not in own}
+    load_weights(model, others | saved["weights"], path)
     for key, parameter in model.named_parameters():
         if key in saved["weights"]:
             parameter.requires_grad_(False)
@@ -290,7 +310,7 @@ def load_reward_adapter(path, policy, config):
         raise InputError(f"{path} does not exist: with --lora the reward model is an adapter on "
                          "the policy's trunk; make it with: python reward_model.py "
                          f"--lora {config.lora} --init {config.init}")
-    weights = read_tensors(path)["weights"]
+    weights = read_adapter(path)["weights"]
     reward_model = RewardModel(policy, "likelihood" in weights)
     reward_model.to(next(policy.parameters()).device)
     return AdapterView(reward_model, load_adapter(path, reward_model))

@@ -875,21 +875,36 @@ def rebuild(checkpoint, path):
     return model
 
 
+def load_weights(model, weights, path):
+    """model.load_state_dict(weights), which are those of a file.
+
+    Raises InputError if a weight is missing, has another shape, or is not one of the model's."""
+    own = {name: weight.shape for name, weight in model.state_dict().items()}
+    found = {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+    wrong = sorted(name for name in own | found if own.get(name) != found.get(name))
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} of its weights do not fit its model, such as "
+                         f"{wrong[0]}; train it again")
+    model.load_state_dict(weights)
+
+
 def load_model(path, device="cpu"):
-    """The language model of a checkpoint, in eval mode. Raises what read_checkpoint() raises."""
+    """The language model of a checkpoint, in eval mode.
+
+    Raises what read_checkpoint() and load_weights() raise."""
     checkpoint = read_checkpoint(path, LANGUAGE_MODEL)
     model = rebuild(checkpoint, path)
-    model.load_state_dict(checkpoint["model"])
+    load_weights(model, checkpoint["model"], path)
     return model.to(device).eval()
 
 
 def load_reward_model(path, device="cpu", policy=None):
     """The reward model of a checkpoint, in eval mode. policy: whose texts it will read.
 
-    Raises what read_checkpoint() raises, and InputError if the policy's ids mean other tokens."""
+    Raises what load_model() raises, and InputError if the policy's ids mean other tokens."""
     checkpoint = read_checkpoint(path, REWARD_MODEL)
     reward_model = RewardModel(rebuild(checkpoint, path), "likelihood" in checkpoint["model"])
-    reward_model.load_state_dict(checkpoint["model"])
+    load_weights(reward_model, checkpoint["model"], path)
     fingerprint = checkpoint["tokenizer_fingerprint"]
     if policy is not None and fingerprint != policy.tokenizer_fingerprint:
         raise InputError(f"{path} has another tokenizer than the language model whose texts it "

@@ -164,6 +164,14 @@ def with_another_tokenizer(ckpt, path):
     return str(path)
 
 
+def misfits(weights):
+    """Copies of a {name: tensor} with a weight missing, one too many, and one of another shape."""
+    name = list(weights)[-1]
+    w = weights[name]
+    return [{key: weights[key] for key in weights if key != name}, weights | {"wing.weight": w},
+            weights | {name: w[None]}]
+
+
 def steps_with(rows, name):
     return [row["step"] for row in rows if name in row]
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import PROMPT, RESPONSE, awake, close, pairs, records, same, tiny, toy
+from conftest import PROMPT, RESPONSE, awake, close, misfits, pairs, records, same, tiny, toy
 
 import dpo
 import lora
@@ -167,6 +167,14 @@ def test_an_adapter_is_saved_alone_and_fits_its_own_trunk_alone(model, tmp_path,
     (tmp_path / "cut.pt").write_bytes((tmp_path / "reward.pt").read_bytes()[:-500])
     with pytest.raises(InputError, match="cut.pt is damaged"):
         lora.load_adapter(tmp_path / "cut.pt", other)
+    with pytest.raises(InputError, match="trunk.pt is not an adapter of this version"):
+        lora.load_adapter(tmp_path / "trunk.pt", other)
+    whole = torch.load(tmp_path / "reward.pt", weights_only=True)
+    for weights in misfits(whole["weights"]):
+        torch.save(whole | {"weights": weights}, tmp_path / "reward.pt")
+        fresh = RewardModel(load_model(tmp_path / "trunk.pt"), likelihood=0.1)
+        with pytest.raises(InputError, match="reward.pt: 1 of its weights do not fit its model"):
+            lora.load_adapter(tmp_path / "reward.pt", fresh)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -8,10 +8,25 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import EOS, PAD, PROMPT, RESPONSE, ROOT, VARIANTS, awake, close, ids, off, toy
+from conftest import (
+    EOS,
+    PAD,
+    PROMPT,
+    RESPONSE,
+    ROOT,
+    VARIANTS,
+    awake,
+    close,
+    disc_of,
+    ids,
+    misfits,
+    off,
+    toy,
+)
 
 import model as net
 from common import InputError
+from discriminator import load_discriminator, save_discriminator
 from model import ModelConfig, RewardModel, logprobs
 
 MASK = RESPONSE != PAD
@@ -337,6 +352,22 @@ def test_a_bad_checkpoint_is_one_sentence(tmp_path, tok):
         assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
     with pytest.raises(InputError, match="holds a language model; a reward model is needed here"):
         net.load_reward_model(good)
+
+
+@pytest.mark.parametrize("made, save, load", [
+    (toy, net.save_model, net.load_model),
+    (lambda: RewardModel(toy()), net.save_model, net.load_reward_model),
+    (disc_of, save_discriminator, load_discriminator)])
+def test_weights_that_do_not_fit_are_one_sentence(tmp_path, tok, made, save, load):
+    path = tmp_path / "ckpt.pt"
+    save(path, made(), tok)
+    load(path)
+    whole = torch.load(path, weights_only=True)
+    for weights in misfits(whole["model"]):
+        torch.save(whole | {"model": weights}, path)
+        with pytest.raises(InputError, match=r"ckpt.pt: 1 of its weights do not fit its model, "
+                                             r"such as [a-z_.]+; train it again$"):
+            load(path)
 
 
 def test_the_comparison_with_peers_runs(monkeypatch, capsys):

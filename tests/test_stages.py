@@ -143,6 +143,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(call, tmp_path):
                  ("gan --baseline none", "--baseline is critic"),
                  ("gan --batch_size 6", "--batch_size must be a multiple of --minibatch_size"),
                  ("evaluate --compare .", ". holds no <arch>-<seed>/report.json")]
+    mistakes += [(f"{name} --temperature 1e-40", "--temperature must be 0 or at least 0.001, not ")
+                 for name, module in PROGRAMS.items() if "temperature" in options_of(module)]
     for line, message in mistakes:
         code, out, err = call(f"{line} --device cpu")
         assert code == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1, line
