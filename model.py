@@ -745,7 +745,7 @@ def logprobs_from_logits(logits, response, temperature=1.0, top_k=0, top_p=1.0):
     if top_k or top_p < 1 or temperature == 0:
         logits = sampling_logprobs(logits, temperature, top_k, top_p)
     elif temperature != 1:
-        logits = logits / temperature                                   # (.., V)
+        logits = logits.float() / temperature       # as sampling_logprobs() has it, to the bit
     V = logits.size(-1)         # the id of the pad
     # Cross-entropy is -log_softmax at the target; a target that is ignored costs 0.
     nll = F.cross_entropy(logits.flatten(0, 1).float(), response.flatten(),

@@ -245,8 +245,10 @@ def test_logprobs_are_the_log_softmax(model):
     for i, t in MASK.nonzero().tolist():
         close(found[i, t], logp[i, t, RESPONSE[i, t]])
         close(cold[i, t], (2 * logp[i, t]).log_softmax(dim=-1)[RESPONSE[i, t]])
-    half = net.logprobs_from_logits(torch.randn(3, 4, 12).bfloat16(), RESPONSE, 0.7)
-    assert half.dtype == torch.float32
+    half = torch.randn(3, 4, 12).bfloat16()                     # as they come from autocast
+    found = net.logprobs_from_logits(half, RESPONSE, 0.7)
+    assert found.dtype == torch.float32
+    close(found, net.logprobs_from_logits(half.float(), RESPONSE, 0.7), atol=0)
 
 
 P = torch.tensor([0.15, 0.5, 0.05, 0.3])
@@ -259,6 +261,7 @@ P = torch.tensor([0.15, 0.5, 0.05, 0.3])
     (dict(top_k=9), P),
     (dict(top_k=2, top_p=0.6), torch.tensor([0, 1.0, 0, 0])),       # 0.5 / 0.8 is enough
     (dict(temperature=0.5), P ** 2 / (P ** 2).sum()),
+    (dict(temperature=1e-3), torch.tensor([0, 1.0, 0, 0])),         # the smallest of the commands
     (dict(temperature=0.5, top_p=0.9), torch.tensor([0, 0.25, 0, 0.09]) / 0.34),
     (dict(temperature=0), torch.tensor([0, 1.0, 0, 0]))])
 def test_sampling_by_hand(how, expected):
