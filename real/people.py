@@ -46,7 +46,14 @@ from evaluate import best_of, interval, markdown_table, self_bleu, write_text
 from model import load_model, load_reward_model
 from real.corpora import load
 from real.duplicates import group_records, words_of
-from real.semeval import PROMPT, depun, detection_pairs, rated_pairs, word_prompt
+from real.semeval import (
+    PROMPT,
+    depun,
+    detection_pairs,
+    put_word,
+    rated_pairs,
+    word_prompt,
+)
 from reward_model import score_texts
 from sample import find_policies
 
@@ -60,7 +67,7 @@ class Config(Options):
     expun: str = "downloads/expun"              # the folder of ExPUNations
     out_dir: str = "runs/real"                  # the folder of the stages' folders
     split_seed: int = 1                         # which texts are in which part
-    comparisons: int = 4000                     # of the reward model, and as many of the judge
+    comparisons: int = 5000                     # of the reward model, and as many of the judge
     samples: int = 4                            # of each policy to each prompt, for the report
     best_of: int = 16                           # how many the reward model picks from
 
@@ -137,17 +144,38 @@ def write_data(config):
 # -----------------------------------------------------------------------------
 # comparisons
 
-SOURCES = {"rated": 0.25, "detected": 0.3, "minimal": 0.1, "sampled": 0.35}     # of the comparisons
+# Which fraction of the comparisons comes from where.
+SOURCES = {"rated": 0.2, "detected": 0.22, "minimal": 0.08, "sampled": 0.26, "other": 0.08,
+           "swapped": 0.16}
+
+
+def partners(puns, seed):
+    """Yields (pun, another one): of those that do not have its word and whose own word ends
+    alike, one at random."""
+    rng, alike = random.Random(seed), collections.defaultdict(list)
+    for pun in puns:
+        if pun.is_pun:
+            ending = re.search(r"(s|ed|ing)?$", pun.pun_word.lower())[0]
+            alike[ending].append((pun, words_of(pun.pun_word), words_of(pun.text)))
+    for group in alike.values():
+        for pun, word, _ in group:
+            others = [other for other, _, words in group if word.isdisjoint(words)]
+            if others:
+                yield pun, rng.choice(others)
 
 
 def comparisons(puns, samples, n, seed):
-    """About n comparisons of texts, from four sources:
+    """About n comparisons of texts, from six sources:
 
     rated       two texts that the same raters judged, the funnier one first
     detected    a pun, and a text of its length that is not a pun
     minimal     a pun, and the same text without its pun
     sampled     a person's pun, and what the SFT model wrote to the same prompt; without these, RL
                 finds at once what a model writes and no person does
+    other       a pun on the word of the prompt, and a pun on another word: the word must be used
+    swapped     a pun on the word, and a pun on another word with this one in its place: some
+                forms ("Old bankers never die, they just lose interest") are in puns alone, and
+                without these the form would be enough, whatever the word
 
     samples: {prompt: a completion}. If a source has too few, all of it is taken."""
     puns = inoffensive(puns)
@@ -162,6 +190,10 @@ def comparisons(puns, samples, n, seed):
             pairs["minimal"].append((prompt, pun.text, depun(pun), 1.0, 1.0))
         if prompt in samples and samples[prompt].strip() not in ("", pun.text):
             pairs["sampled"].append((prompt, pun.text, samples[prompt].strip(), 1.0, 1.0))
+    for pun, other in partners(puns, seed):
+        swapped = put_word(other, pun.pun_word.lower())
+        for source, text in (("other", other.text), ("swapped", swapped)):
+            pairs[source].append((word_prompt(pun.pun_word), pun.text, text, 1.0, 1.0))
     rng, records = random.Random(seed), []
     for source, fraction in SOURCES.items():
         size = min(len(pairs[source]), round(fraction * n))
@@ -241,14 +273,26 @@ def overlap_with(training):
     The overlap of two texts is the weight of the words that they share, over that of all their
     words. A word that n of the N training texts have weighs log((N + 1) / n)."""
     sets = [words_of(text) for text in training]
-    count = collections.Counter(word for words in sets for word in words)
+    texts_with = collections.defaultdict(list)              # {word: numbers of the texts}
+    for i, words in enumerate(sets):
+        for word in words:
+            texts_with[word].append(i)
 
     def weight(words):
-        return sum(math.log((len(sets) + 1) / max(count[word], 1)) for word in words)
+        return sum(math.log((len(sets) + 1) / max(len(texts_with.get(word, ())), 1))
+                   for word in words)
+
+    weights = [weight(words) for words in sets]
 
     def overlap(text):
         words = words_of(text)
-        return max(weight(words & other) / max(weight(words | other), 1e-9) for other in sets)
+        shared = collections.Counter()      # {training text: the weight of the words it shares}
+        for word in words:
+            word_weight = weight([word])
+            for i in texts_with.get(word, ()):
+                shared[i] += word_weight
+        own = weight(words)
+        return max((both / (own + weights[i] - both) for i, both in shared.items()), default=0.0)
 
     return overlap
 

@@ -6,6 +6,7 @@ Puns that people wrote and rated: SemEval-2017 task 7 and ExPUNations, and what 
     rated_pairs(puns)          two texts that the same people rated, the funnier one first
     detection_pairs(puns)      a pun, and a text of its kind and length that is not a pun
     depun(pun)                 a minimal pair: `I knead dough.` without its pun is `I need dough.`
+    put_word(pun, word)        any other word in place of the pun word
 
 Both data sets are for non-commercial use, and so are the models trained on them.
 """
@@ -309,12 +310,18 @@ def detection_pairs(puns, max_words_apart=1):
 def depun(pun):
     """The text with the alternative in place of the pun word: the same text, no longer a pun.
 
-    The alternative gets the ending and the capitals of the pun word, and the a or an before it is
-    corrected. "" where no other word is known; in a homographic pun it is the same word."""
+    The alternative gets the ending of the pun word. "" where no other word is known; in a
+    homographic pun it is the same word."""
     if not pun.alt_word or pun.kind != "heterographic":
         return ""
+    return put_word(pun, inflect(pun.alt_word, pun.pun_word.lower(), pun.pun_lemma))
+
+
+def put_word(pun, word):
+    """The text with another word in place of the pun word.
+
+    It gets the capitals of the pun word, and the a or an before it is corrected."""
     start, end = pun.span
-    word = inflect(pun.alt_word, pun.pun_word.lower(), pun.pun_lemma)
     if pun.pun_word.isupper() and len(pun.pun_word) > 1:
         word = word.upper()
     elif pun.pun_word[0].isupper():

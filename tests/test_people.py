@@ -74,13 +74,19 @@ def test_everyday_words_are_in_no_pun():
 
 
 def test_comparisons_by_hand():
-    """One comparison of each source is possible here, apart from two detections."""
+    """Each source has one or two comparisons here."""
     full = dict(part="full", raters=(0, 1), n_offensive=0)
     puns = [pun("a", "Bakers knead dough.", ratings=(3, 4), **full),
             plain("b", "No pun today.", ratings=(1, 4), **full), plain("c", "Nor one here.")]
     prompt = 'A pun with the word "knead":'
     # The raters of this one agree that it is offensive: nobody learns from it.
     puns.append(puns[0]._replace(id="d", text="You knead it.", ratings=(5, 5), n_offensive=2))
+    # Puns on other words. Each of the first two has the other as its partner; the last has none,
+    # since nothing else ends with s.
+    sole = "In the end you will find that a fish has an Ole."
+    puns += [pun("e", sole, word="Ole", alt="", lemma="ole"),
+             pun("f", "Nobody at his age reads maps anymore, I am afraid.", word="maps", alt="",
+                 lemma="map")]
     records = people.comparisons(puns, {prompt: " I knead you. "}, 1000, 0)
     found = {(r["source"], r["prompt"], r["chosen"], r["rejected"], r["margin"], r["share"])
              for r in records}
@@ -89,8 +95,23 @@ def test_comparisons_by_hand():
                      ("detected", PROMPT, chosen, " No pun today.", 1.0, 1.0),
                      ("detected", PROMPT, chosen, " Nor one here.", 1.0, 1.0),
                      ("minimal", prompt, chosen, " Bakers need dough.", 1.0, 1.0),
-                     ("sampled", prompt, chosen, " I knead you.", 1.0, 1.0)}
+                     ("sampled", prompt, chosen, " I knead you.", 1.0, 1.0),
+                     ("other", prompt, chosen, f" {sole}", 1.0, 1.0),
+                     ("other", people.word_prompt("ole"), f" {sole}", chosen, 1.0, 1.0),
+                     ("swapped", prompt, chosen, f" {sole[:-7]}a Knead.", 1.0, 1.0),
+                     ("swapped", people.word_prompt("ole"), f" {sole}", " Bakers ole dough.", 1.0,
+                      1.0)}
     assert sum(people.SOURCES.values()) == pytest.approx(1)
+
+
+def test_a_partner_has_another_word():
+    """Of puns on one word, and of those with the word in the text, none is a partner."""
+    puns = [pun("a"), pun("b", "I knead you."), pun("c", "A Knead to iron.", word="iron")]
+    puns += [pun("d", "A fish has a sole.", word="sole"), plain("e", "No pun.")]
+    found = {(a.id, b.id) for seed in range(20) for a, b in people.partners(puns, seed)}
+    assert found == {("a", "d"), ("b", "d"), ("c", "a"), ("c", "b"), ("c", "d"), ("d", "a"),
+                     ("d", "b"), ("d", "c")}
+    assert list(people.partners(puns, 3)) == list(people.partners(puns, 3))
 
 
 def test_auc_by_hand():
@@ -123,6 +144,7 @@ def test_overlap_by_hand():
     assert overlap("the CAT") == pytest.approx(1)
     assert overlap("the cow") == pytest.approx(common / (common + 2 * rare))
     assert overlap("a cow") == 0
+    assert overlap("the dog") == pytest.approx(1)
 
 
 def test_a_row_of_the_table_by_hand():
