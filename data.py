@@ -30,6 +30,7 @@ from common import InputError, progress_bar, rank, world_size
 from model import logprobs
 from puns import WORLDS, world
 
+# {a pun world's tokenizer: its file of merges}
 RANKS = {name: folders[-1] / "puns.tiktoken" for name, folders in WORLDS.items()}
 # Tokens of the pun world may span words but not sentences: " I used to be a" is one token
 # (https://arxiv.org/abs/2503.13423).
@@ -101,7 +102,7 @@ class JSONEncoding:
 
     def __init__(self, path, eos_token_id):
         try:
-            import tokenizers
+            import tokenizers  # here, since pretrained models alone need it
         except ImportError:
             raise InputError("pretrained models need the tokenizers library: "
                              "pip install tokenizers") from None
@@ -126,6 +127,7 @@ class JSONEncoding:
         return space + self.tokenizer.decode(ids)
 
 
+# Reading the merges takes a moment, and a stage asks for each policy that it loads.
 @functools.lru_cache(maxsize=4)
 def tokenizer(name="puns", eos_token_id=None, vocab_size=None):
     return Tokenizer(name, eos_token_id, vocab_size)
@@ -137,6 +139,7 @@ def tokenizer_of(model):
         tok = tokenizer(model.tokenizer)
     else:
         tok = tokenizer(model.tokenizer, model.config.eos_token_id, model.config.vocab_size)
+    # With other merges the model would read, and write, other words, and no error would say so.
     if tok.fingerprint != model.tokenizer_fingerprint:
         path = tok.path or RANKS.get(tok.name, tok.name)
         raise InputError(f"the tokenizer {path} is not the one that the model was trained with: "
@@ -179,6 +182,7 @@ def read_lines(path):
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     for n, line in enumerate(content.splitlines(), 1):
         try:
+            # Editors on Windows may begin a file with a byte order mark, which -sig drops.
             text = line.decode("utf-8-sig" if n == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{path}:{n}: byte {error.start + 1} is not UTF-8; "
@@ -235,6 +239,7 @@ def check_text(where, field, text):
 
 def check_number(where, row, field):
     value = row[field]
+    # In Python True is an int, but as a rating it is a mistake.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not -1e9 <= value <= 1e9:           # NaN is not, either
         raise InputError(f"{where}: '{field}' must be a number from -1e9 to 1e9")
@@ -253,6 +258,7 @@ def train_and_val(config, fields):
                          "validate on, or name another file with --val_data")
 
     def checksum(record):
+        # Not hash(): that of a string is another one in each run of Python.
         return zlib.crc32(repr([record[field] for field in fields]).encode())
 
     records.sort(key=checksum)                              # whatever the order of the file
@@ -286,6 +292,7 @@ def encode_records(records, tok, fields, block_size, reserve=0):
             what = f"tokens, {reserve} of them for a response" if reserve else "tokens of prompt"
             check_room(records, n_prompt + reserve, what, block_size)
         else:
+            # The end is a token to predict like any other: so a model learns when to stop.
             rows = [ids + [tok.eos_token_id] for ids in rows]
             encoded[field] = pad_right(rows, tok.pad_token_id)          # (N, R)
             lengths = n_prompt + torch.tensor([len(ids) for ids in rows])  # (N,) of both
@@ -295,6 +302,7 @@ def encode_records(records, tok, fields, block_size, reserve=0):
 
 def longest(encoded):
     """max_new_tokens for samples to compare with these texts: as many as the longest has, or 32."""
+    # Ratings, margins, and labels are (N,): they have no width.
     widths = [ids.size(1) for name, ids in encoded.items() if name != "prompt" and ids.dim() == 2]
     return max(32, *widths)
 
@@ -303,6 +311,7 @@ def check_room(records, lengths, what, block_size):
     """Raises InputError for the first record that is longer than the model's block."""
     for record, length in zip(records, lengths.tolist(), strict=True):
         if length > block_size:
+            # A prompt that came from no file is named by its beginning.
             where = record.get("where", f"the prompt {record['prompt'][:60]!r}")
             raise InputError(f"{where}: {length} {what}, but the model's block holds "
                              f"{block_size}: shorten the text, or train a model with a larger "
@@ -313,22 +322,18 @@ def pad_right(rows, pad_token_id):
     """Lists of ids, each at the left of its row. -> (N, longest), int32"""
     lengths = torch.tensor([len(ids) for ids in rows])      # (N,)
     columns = torch.arange(max(lengths.max().item(), 1))    # (longest,), at least one
-    return fill(rows, columns < lengths[:, None], pad_token_id)
+    mask = columns < lengths[:, None]                       # (N, longest)
+    # int32 halves the memory of a large data set; cut() makes int64 of the columns in use.
+    padded = torch.full(mask.shape, pad_token_id, dtype=torch.int32)
+    # A mask is filled row by row, left to right: the order in which the ids stand here.
+    padded[mask] = torch.tensor([i for ids in rows for i in ids], dtype=torch.int32)
+    return padded
 
 
 def pad_left(rows, pad_token_id):
     """Lists of ids, each at the right of its row. -> (N, longest), int32"""
-    lengths = torch.tensor([len(ids) for ids in rows])
-    longest = max(lengths.max().item(), 1)                  # at least one column
-    columns = torch.arange(longest)                         # (longest,)
-    return fill(rows, columns >= longest - lengths[:, None], pad_token_id)
-
-
-def fill(rows, mask, pad_token_id):
-    """Ids in reading order where the mask (N, longest) is True, pads elsewhere."""
-    padded = torch.full(mask.shape, pad_token_id, dtype=torch.int32)    # (N, longest)
-    padded[mask] = torch.tensor([i for ids in rows for i in ids], dtype=torch.int32)
-    return padded
+    # Turned around, it is pad_right().
+    return pad_right([ids[::-1] for ids in rows], pad_token_id).flip(1)
 
 
 def trim(ids, pad_token_id, side):
@@ -340,9 +345,8 @@ def trim(ids, pad_token_id, side):
 def cut(ids, width, side):
     """The outermost `width` columns, at least one, away from the pads of that side."""
     width = min(max(width, 1), ids.size(1))
-    if side == "left":
-        return ids[:, ids.size(1) - width:].long()
-    return ids[:, :width].long()
+    kept = ids[:, -width:] if side == "left" else ids[:, :width]
+    return kept.long()                                      # what embeddings and losses index with
 
 
 class Batches:
@@ -446,6 +450,7 @@ def prompt_batches(records, config, tok, block_size, device, seed):
 
     Raises InputError for a prompt that leaves no room for max_new_tokens."""
     encoded = encode_records(records, tok, ["prompt"], block_size, reserve=config.max_new_tokens)
+    # A batch is one of responses: group_size of them answer the same prompt.
     n_prompts = config.batch_size // config.group_size
     return Batches(encoded, n_prompts, tok.pad_token_id, device, seed)
 
@@ -488,6 +493,7 @@ def describe(tok, prompt, response, kl=None, score=None):
     """One row for each response: prompt, text, length in tokens, whether it ended, kl and score
     (B,) if given, and the verdict of the pun world's judge, if the prompt is one of its own."""
     rows = []
+    # Moved as a whole: from a GPU each row would be waited for.
     for i, (p, r) in enumerate(zip(prompt.cpu(), response.cpu(), strict=True)):
         row = {"prompt": tok.decode(p), "text": tok.decode(r)}
         row["length"] = (r != tok.pad_token_id).sum().item()  # in tokens, the end token included
@@ -522,6 +528,7 @@ def means(rows):
 def format_samples(rows, n=3):
     """n lines for the screen: puns first, if there are any, then whatever comes first."""
     lines = []                                              # "pun | prompt and text  score  kl"
+    # False sorts before True, and rows that are equal in this keep their order.
     for row in sorted(rows, key=lambda row: not row.get("pun", False))[:n]:
         numbers = [f"  {name} {row[name]:+.2f}" for name in ("score", "kl") if name in row]
         text = f"{row['prompt']}{row['text']}".replace("\n", "⏎")

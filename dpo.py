@@ -113,6 +113,7 @@ class Pair(NamedTuple):
     @property
     def mean_logits(self):
         """h, with each response's log-ratio divided by its length."""
+        # Otherwise a longer response has a larger log-ratio for its length alone.
         chosen = self.chosen_logratios / self.chosen_length
         return chosen - self.rejected_logratios / self.rejected_length
 
@@ -158,13 +159,13 @@ def ipo_loss(pair, config):
 
 def ipo_mean_loss(pair, config):
     """IPO on log-ratios per token, as its authors advise."""
-    return (pair.mean_logits - 1 / (2 * config.beta)) ** 2
+    return (pair.mean_logits - 1 / (2 * config.beta)) ** 2              # (B,)
 
 
 def kto_loss(pair, config):
     """Eq. 7 of https://arxiv.org/abs/2402.01306: each response by itself, against the mean KL."""
     chosen, rejected = kto_terms(pair.chosen_logratios, pair.rejected_logratios, pair.kl, config)
-    return 0.5 * (chosen + rejected)
+    return 0.5 * (chosen + rejected)        # pairs have as many good responses as bad ones
 
 
 def kto_terms(good, bad, kl, config):
@@ -185,6 +186,7 @@ def orpo_loss(pair, config):
     """Eq. 6 of https://arxiv.org/abs/2403.07691: SFT on the chosen text, plus log odds; no
     reference."""
     log_odds = log_odds_of(pair.mean_chosen_logps) - log_odds_of(pair.mean_rejected_logps)
+    # beta is the paper's lambda, the weight of the odds.
     return -pair.mean_chosen_logps - config.beta * F.logsigmoid(log_odds)
 
 
@@ -271,7 +273,7 @@ def dpo_batch(policy, reference, batch, with_kl=False):
         ref_logps = sum_logprobs(reference, batch["prompt"], responses)
     chosen_length = (chosen != policy.pad_token_id).sum(dim=1)              # (B,)
     rejected_length = (rejected != policy.pad_token_id).sum(dim=1)
-    kl = torch.zeros_like(ref_logps[0])
+    kl = torch.zeros_like(ref_logps[0])                                 # no other loss reads it
     if with_kl:
         kl = (logps[2] - ref_logps[2]).detach()                         # (B,)
     return Pair(logps[0], logps[1], ref_logps[0], ref_logps[1], chosen_length, rejected_length, kl)
@@ -298,7 +300,8 @@ def sample_pairs(policy, reward_model, prompt, config, rng):
     prompts = prompt.repeat_interleave(config.group_size, dim=0)        # (B * G, P)
     response, _ = policy.generate(prompts, config.max_new_tokens, rng=rng)
     scores = reward_model(prompts, response).view(-1, config.group_size)    # (B, G)
-    first = torch.arange(len(prompt), device=prompt.device) * config.group_size
+    first = torch.arange(len(prompt), device=prompt.device) * config.group_size     # (B,) rows
+    # If all scores of a group are equal, both are its first sample, and dpo has no gradient.
     return {"prompt": prompt, "chosen": response[first + scores.argmax(dim=1)],
             "rejected": response[first + scores.argmin(dim=1)]}, scores
 

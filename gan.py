@@ -108,7 +108,7 @@ def gumbel_given_sample(logp, token, rng=None):
     """Perturbed log-probs whose argmax is `token`: the noise that would have led to this sample.
 
     Eq. 4 of https://arxiv.org/abs/2010.04838. logp (.., V), token (..) -> (.., V)"""
-    u = torch.rand(logp.shape, generator=rng, device=logp.device)
+    u = torch.rand(logp.shape, generator=rng, device=logp.device)       # may be 0: log(0) = -inf
     e = -torch.log(u.clamp(min=1e-20))                                  # Exp(1)
     # The largest of all perturbed log-probs is Gumbel(0), since the probabilities sum to 1.
     top = -torch.log(e.take_along_dim(token[..., None], -1))                    # (.., 1)
@@ -122,7 +122,7 @@ def straight_through(logits, response, pad_token_id, tau, rng=None):
 
     0 on pads. logits (B, R, V), response (B, R) -> (B, R, V)"""
     mask = response != pad_token_id                                     # (B, R)
-    token = response.masked_fill(~mask, 0)
+    token = response.masked_fill(~mask, 0)                  # one_hot() knows no pad
     logp = logits.float().log_softmax(dim=-1)
     noise = gumbel_given_sample(logp.detach(), token, rng) - logp.detach()
     soft = ((logp + noise) / tau).softmax(dim=-1)                       # (B, R, V)
@@ -145,6 +145,7 @@ def exact_kl(logits, ref_logits, mask):
     logits, ref_logits (B, R, V), mask (B, R) -> (B,), in nats"""
     logp = logits.float().log_softmax(-1)
     ref_logp = ref_logits.float().log_softmax(-1)
+    # No sample is needed: with all V probabilities at hand this is the expectation itself.
     kl = (logp.exp() * (logp - ref_logp)).sum(-1)                       # (B, R)
     return (kl * mask).sum(dim=1)
 
@@ -207,6 +208,7 @@ def load_opponent(config, policy, device):
         raise InputError(f"{config.disc} reads {discriminator.reads}, but --estimator "
                          f"{config.estimator} needs a discriminator that reads {reads}; make it "
                          f"with: python discriminator.py --reads {reads}, and name it with --disc")
+    # Tokens have no width: D has a trunk of its own to read them.
     same_width = discriminator.config.n_embd == policy.config.n_embd or reads == "tokens"
     if discriminator.tokenizer_fingerprint != policy.tokenizer_fingerprint or not same_width:
         raise InputError(f"{config.disc} was trained on texts of another model than {config.init}: "
