@@ -455,9 +455,9 @@ def write_report(config):
     judges = (load_model(folder / "sft" / "ckpt.pt", device), proxy, gold)
     overlap = overlap_with([pun.text for pun in parts["train"]])
     tables, samples = evaluate_policies(config, judges, overlap, autocast)
+    # Of PPO alone: what the GAN has kept are verdicts of its discriminator.
     curves = {path.parent.name: training_curve(path, judges, autocast)
-              for path in sorted(folder.glob("*/samples.jsonl"))}
-    curves = {name: points for name, points in curves.items() if points}
+              for path in sorted(folder.glob("ppo*/samples.jsonl"))}
     write_jsonl(folder / "report_samples.jsonl", samples)
     write_text(folder / "report.md", page(quality, tables, samples, config))
     report = {"judges": quality, "policies": tables, "curves": curves}

@@ -231,6 +231,7 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
         write_jsonl(path, read_jsonl(path)[:4] * 10)
     run_line(report_line)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert list(report["curves"]) == ["ppo", "ppo_weak_kl"]
     assert list(report["judges"]) == ["reward model (proxy)", "judge (gold)"]
     for rows in report["policies"].values():
         assert list(rows) == ["sft", "dpo", "gan", "ppo", "ppo_weak_kl", "best of 2"]
