@@ -325,6 +325,11 @@ def checksum_of_file(path):
     return checksum
 
 
+def write_text(path, text):
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_jsonl(path, rows):
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
@@ -394,9 +399,8 @@ class Run:
             hold(self.metrics_path)
         self.data = self._checksums()
         self._resume()
-        with atomic_write(self.folder / "config.json") as path:
-            text = json.dumps(self.config | self.used, indent=1)
-            path.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(self.config | self.used, indent=1)
+        write_text(self.folder / "config.json", text + "\n")
         self.started = time.time() - self.seconds
         self.row_time = time.time()
         self.bar = tqdm(total=self.max_steps, initial=self.step, desc=f"{self.stage:13}",

@@ -37,6 +37,7 @@ from common import (
     read_jsonl,
     setup,
     write_jsonl,
+    write_text,
 )
 from data import load_prompts, measure, tokenizer_of, verdict_of
 from model import LANGUAGE_MODEL, load_model, load_reward_model, read_checkpoint
@@ -366,11 +367,6 @@ def format_range(values, scale, form):
     return f"{mean} ({scale * min(values):{form}} to {scale * max(values):{form}})"
 
 # -----------------------------------------------------------------------------
-
-def write_text(path, text):
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
 
 def main(config):
     """Runs the stage. Writes the report. Raises InputError for unusable input."""

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-from common import InputError, atomic_write, command_line
+from common import InputError, command_line, write_text
 
 
 class Source(NamedTuple):
@@ -79,8 +79,7 @@ def fetch(name: tyro.conf.Positional[Literal["semeval", "expun"]],
         print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {found}")
         if ".tar" in path.name:
             shutil.unpack_archive(path, folder, filter="data")     # nothing outside the folder
-    with atomic_write(folder / "LICENCE.txt") as temporary:
-        temporary.write_text(licence + "\n", encoding="utf-8")
+    write_text(folder / "LICENCE.txt", licence + "\n")
     print(f"next: python -m real.corpora {name} {folder} data/{name}")
 
 

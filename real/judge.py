@@ -32,7 +32,7 @@ import tyro
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from common import InputError, atomic_write, command_line, progress_bar, read_jsonl
+from common import InputError, command_line, progress_bar, read_jsonl, write_text
 from real.label import pairs, wilson
 from sample import find_policies
 
@@ -246,8 +246,7 @@ def main(config):
         rows.append(summarize(f"{a} : {b}", both_orders))
         print(format_row(rows[-1]), flush=True)
     path = Path(config.out_dir, "judge.json")
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(rows, indent=1) + "\n")
     print(f"{judge.n_requests} requests; the table is in {path}, the answers are in {cache}")
     return rows
 

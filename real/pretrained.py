@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from common import InputError, atomic_write, command_line
+from common import InputError, atomic_write, command_line, write_text
 from data import Tokenizer, tokenizer_of
 from model import ModelConfig, build_model, load_model, save_model
 
@@ -438,8 +438,7 @@ def export(ckpt: tyro.conf.Positional[str], out_dir: tyro.conf.Positional[str]):
     }
     out_dir = Path(out_dir)
     for file, content in files.items():
-        with atomic_write(out_dir / file) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(out_dir / file, json.dumps(content, indent=2) + "\n")
     with atomic_write(out_dir / "tokenizer.json") as path:
         tok.save(str(path))
     with atomic_write(out_dir / WEIGHTS) as path:

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 from common import InputError
+from data import not_a_number
 
 NUMBER = (int, float)
 TYPE_NAMES = {str: "text", int: "a whole number", NUMBER: "a number", list: "a list",
@@ -50,7 +51,7 @@ def read_objects(path):
             raise InputError(f"{where}: this is a JSON array, not one JSON object a line: "
                              "its format is json")
         try:
-            value = json.loads(line, parse_constant=_no_number)
+            value = json.loads(line, parse_constant=not_a_number)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: this line is not JSON: {error}") from None
         yield where, without_surrogates(value)
@@ -61,7 +62,7 @@ def read_array(path):
     text = read_text(path)
     if not text.lstrip().startswith("["):
         raise InputError(f"{path}:1: this file is not a JSON array, [...]")
-    decoder = json.JSONDecoder(parse_constant=_no_number)
+    decoder = json.JSONDecoder(parse_constant=not_a_number)
     separator = re.compile(r"[\s,]*")
     line, counted_to = 1, 0
     start = separator.match(text, text.index("[") + 1).end()
@@ -75,10 +76,6 @@ def read_array(path):
             raise InputError(f"{path}:{line}: this is not a JSON array: {error}") from None
         yield f"{path}:{line}", without_surrogates(element)
         start = separator.match(text, end).end()
-
-
-def _no_number(name):
-    raise ValueError(f"{name} is not a number")
 
 
 def without_surrogates(value):

@@ -20,6 +20,7 @@ import gan
 import ppo
 import reward_model
 import sft
+from common import InputError
 from data import tokenizer
 from discriminator import Discriminator
 from model import ModelConfig, build_model
@@ -87,6 +88,13 @@ def disc_of(lstm=False, reads="tokens"):
     disc = Discriminator(awake(toy()), lstm, reads).eval()
     torch.nn.init.normal_(disc.classifier.weight)
     return disc
+
+
+def refuses(message, function, *args, **options):
+    """The call raises an InputError: one sentence that matches the message."""
+    with pytest.raises(InputError, match=message) as error:
+        function(*args, **options)
+    assert "\n" not in str(error.value)
 
 
 def off():

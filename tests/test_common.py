@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, ROOT, RUN_FILES, STAGES, steps_with, without_times
+from conftest import CPU, ROOT, RUN_FILES, STAGES, refuses, steps_with, without_times
 
 import common
 import evaluate
@@ -52,8 +52,7 @@ def test_an_error_is_one_sentence_and_an_exit_code(capsys, error, code, message)
     (dict(seed=99999999999999999), "--seed must be from 0 to 4.29497e.09, not 9999")])
 def test_options_that_every_stage_has(monkeypatch, options, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(InputError, match=message):
-        common.setup(Options(**options))
+    refuses(message, common.setup, Options(**options))
 
 
 @pytest.mark.parametrize("module", [*STAGES.values(), evaluate, sample])
@@ -224,8 +223,7 @@ def test_a_damaged_or_foreign_state_is_named_and_kept(tmp_path, content):
     else:
         path.write_bytes(content)
     before = path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(InputError, match="state.pt is damaged, .*: delete it to start over"):
-        train(tmp_path)
+    refuses("state.pt is damaged, .*: delete it to start over", train, tmp_path)
     assert (path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()) == before
 
 
@@ -239,8 +237,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_is_alive(tmp_path
     with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], cwd=ROOT, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(InputError, match="another run is writing to .*: wait for its end"):
-            train(tmp_path)
+        refuses("another run is writing to .*: wait for its end", train, tmp_path)
         assert path.read_text(encoding="utf-8") == "{}\n"
         other.kill()
     train(tmp_path)

@@ -8,7 +8,7 @@ import math
 import random
 
 import pytest
-from conftest import program
+from conftest import program, refuses
 from test_semeval import write_expun
 
 from common import InputError, read_jsonl, write_jsonl
@@ -71,8 +71,7 @@ def test_hh(tmp_path):
             "the dialogues differ before the last answer": [5],
             "the dialogues share no turn of the assistant": [6]}
     packed.write_bytes(packed.read_bytes()[:-20])
-    with pytest.raises(InputError, match="train.jsonl.gz: this gzip file is damaged"):
-        load(packed)
+    refuses("train.jsonl.gz: this gzip file is damaged", load, packed)
 
 
 def shp(**changes):
@@ -92,8 +91,7 @@ def test_shp(tmp_path):
     assert lines_of(corpus.dropped) == {"score_ratio is under 2": [3], "'rejected' is empty": [9],
                                         "more than 5 pairs of one post": [7, 8]}
     for changes in (dict(labels=2), dict(score_ratio="4")):
-        with pytest.raises(InputError, match=f"train.json:1: '.*{[*changes][0]}"):
-            load(jsonl(path, shp(**changes)))
+        refuses(f"train.json:1: '.*{[*changes][0]}", load, jsonl(path, shp(**changes)))
 
 
 def test_openai(tmp_path):
@@ -117,8 +115,7 @@ def test_openai(tmp_path):
 
     assert load(path, fits=fits).records[0]["prompt"] == f"{head}\n\nTL;DR:"    # cut line by line
     del row["choice"]
-    with pytest.raises(InputError, match="batch3.json:1: 'choice' is missing"):
-        load(jsonl(path, row), "openai")
+    refuses("batch3.json:1: 'choice' is missing", load, jsonl(path, row), "openai")
 
 # -----------------------------------------------------------------------------
 # files of one's own: what cannot be used is an error
@@ -229,8 +226,7 @@ def test_a_format_is_not_taken_for_another(tmp_path):
             ([pairs, "text"], "pairs.jsonl:1: this is JSON, not plain text"),
             ([pairs, "shp"], "pairs.jsonl:1: 'post_id' is missing, only chosen"),
             ([pairs, "json"], "pairs.jsonl:1: this file is not a JSON array")):
-        with pytest.raises(InputError, match=message):
-            load(*arguments)
+        refuses(message, load, *arguments)
     assert load(pairs, "hh").dropped == {
         "the dialogues share no turn of the assistant": [f"{pairs}:1"]}
 
@@ -343,12 +339,9 @@ def test_convert(tmp_path, capsys):
     assert f"dropped {40 - len(train) - len(test)}: longer than 60 tokens (first: {path}:" in out
     n_tokens = len(encode(dialogue("hi0", "")))
     convert("auto", path, shape="prompt", block_size=n_tokens + 1)      # room for a response
-    with pytest.raises(InputError, match="no prompt records"):
-        convert("auto", path, shape="prompt", block_size=n_tokens)
-    with pytest.raises(InputError, match="no rating records are left: they need prompt"):
-        convert("auto", path, shape="rating")
-    with pytest.raises(InputError, match="--test_fraction must be from 0"):
-        convert("auto", path, test_fraction=1.0)
+    refuses("no prompt records", convert, "auto", path, shape="prompt", block_size=n_tokens)
+    refuses("no rating records are left: they need prompt", convert, "auto", path, shape="rating")
+    refuses("--test_fraction must be from 0", convert, "auto", path, test_fraction=1.0)
 
 
 def test_convert_puns(tmp_path):
@@ -366,8 +359,7 @@ def test_convert_puns(tmp_path):
     train, test = ({row[side].split()[2] for row in rows for side in ("chosen", "rejected")}
                    for rows in converted(out))
     assert train and test and not train & test
-    with pytest.raises(InputError, match="not of ranking"):
-        convert("auto", expun, shape="ranking")
+    refuses("not of ranking", convert, "auto", expun, shape="ranking")
 
 
 def test_half_surrogates_and_an_empty_test_set(tmp_path, capsys):

@@ -10,7 +10,7 @@ import types
 import pytest
 import tiktoken
 import torch
-from conftest import PAD, awake, close, ids, off, records, toy
+from conftest import PAD, awake, close, ids, off, records, refuses, toy
 
 import data
 from common import InputError
@@ -57,13 +57,11 @@ def test_rebuilt_ranks_are_seen_and_models_of_the_old_ones_refused(tmp_path, mon
         data.RANKS["puns"].write_text("".join(lines), encoding="utf-8")
         assert data.Tokenizer("puns").encode(merge.decode()) == [256]
     model.tokenizer_fingerprint = data.Tokenizer("puns").fingerprint
-    with pytest.raises(InputError, match="is not the one that the model was trained with"):
-        tokenizer_of(model)
+    refuses("is not the one that the model was trained with", tokenizer_of, model)
 
 
 def test_a_tokenizer_that_is_not_there(monkeypatch, tmp_path):
-    with pytest.raises(InputError, match="there is no tokenizer 'nope'"):
-        tokenizer("nope")
+    refuses("there is no tokenizer 'nope'", tokenizer, "nope")
     with pytest.raises(InputError, match="records.jsonl: this file is no tokenizer.json: "):
         tokenizer(records(tmp_path / "records.jsonl", [{"prompt": "p"}]), 1, 2)
 
@@ -71,8 +69,7 @@ def test_a_tokenizer_that_is_not_there(monkeypatch, tmp_path):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(InputError, match="could not fetch the gpt2 tokenizer.*no route"):
-        data.Tokenizer("gpt2")
+    refuses("could not fetch the gpt2 tokenizer.*no route", data.Tokenizer, "gpt2")
 
 # -----------------------------------------------------------------------------
 # records
@@ -130,8 +127,7 @@ def test_a_bad_line_is_named_with_file_line_and_reason(tmp_path, fields, line, r
 def test_a_bad_file_is_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n \n", encoding="utf-8")
     for name, reason in (("empty.jsonl", "has no records"), ("none.jsonl", "cannot be read: No")):
-        with pytest.raises(InputError, match=f"{name}: .*{reason}"):
-            read_records(tmp_path / name, COMPLETION)
+        refuses(f"{name}: .*{reason}", read_records, tmp_path / name, COMPLETION)
 
 
 def test_a_tenth_is_held_out_and_nothing_of_it_is_trained_on(tmp_path):
@@ -148,8 +144,7 @@ def test_a_tenth_is_held_out_and_nothing_of_it_is_trained_on(tmp_path):
     assert split(rows[::-1]) == [train, val]
     two = records(tmp_path / "val.jsonl", rows[:2])
     assert [len(part) for part in split(rows, two)] == [130, 2]
-    with pytest.raises(InputError, match="one record is too few: .*--val_data"):
-        split(rows[:1])
+    refuses("one record is too few: .*--val_data", split, rows[:1])
 
 # -----------------------------------------------------------------------------
 # token ids
@@ -177,14 +172,12 @@ def test_a_record_without_room_is_named(tok):
     length = n_prompt + len(tok.encode(" no" * 50)) + 1         # the end token
     encode_records(rows, tok, COMPLETION, length)
     reason = f"f:2: {length} tokens of prompt and completion, .* block holds {length - 1}"
-    with pytest.raises(InputError, match=reason):
-        encode_records(rows, tok, COMPLETION, length - 1)
+    refuses(reason, encode_records, rows, tok, COMPLETION, length - 1)
     prompt = [{"prompt": "About a banker:"}]
     encode_records(prompt, tok, ["prompt"], n_prompt + 3, reserve=3)
     with pytest.raises(InputError, match="the prompt 'About a banker:': .* a response, .* block"):
         encode_records(prompt, tok, ["prompt"], n_prompt + 2, reserve=3)
-    with pytest.raises(InputError, match="no records"):
-        encode_records([], tok, COMPLETION, 48)
+    refuses("no records", encode_records, [], tok, COMPLETION, 48)
 
 # -----------------------------------------------------------------------------
 # batches
@@ -225,8 +218,7 @@ def test_few_records_repeat_in_a_batch(capsys):
     assert capsys.readouterr().out == "a batch of 8 repeats records: there are 3\n"
     assert len(set(numbers(batches_of(n=3, batch_size=2).next()))) == 2
     assert not capsys.readouterr().out
-    with pytest.raises(InputError, match="too few records"):
-        batches_of(n=0)
+    refuses("too few records", batches_of, n=0)
 
 
 def test_fields_travel_together_and_columns_of_pads_are_dropped():

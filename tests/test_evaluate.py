@@ -9,10 +9,10 @@ import re
 
 import pytest
 import torch
-from conftest import CPU, copies, records, toy, with_another_tokenizer
+from conftest import CPU, copies, records, refuses, toy, with_another_tokenizer
 
 import evaluate
-from common import InputError, read_jsonl
+from common import read_jsonl
 from evaluate import best_of_n_kl, format_cells, interval, min_kl, self_bleu, summarize
 from model import RewardModel, load_model, save_model
 
@@ -200,5 +200,4 @@ def test_several_runs_in_one_table(tmp_path, tok):
     assert lines[0].startswith("| model | policy | seeds | pun % | on topic % |")
     assert lines[2].startswith("| gpt, 0.01 M | ppo | 2 | 37.5 (25.0 to 50.0) | 100.0 (100.0 to")
     assert lines[3].startswith("| t5, 0.01 M | ppo | 1 | - | 100.0 |") and "| -0.50 |" in lines[3]
-    with pytest.raises(InputError, match="make compare"):
-        evaluate.compare(tmp_path / "gpt-1")
+    refuses("make compare", evaluate.compare, tmp_path / "gpt-1")

@@ -7,7 +7,7 @@ import sys
 import tarfile
 
 import pytest
-from conftest import program, serving
+from conftest import program, refuses, serving
 from test_semeval import write_semeval
 
 from common import InputError
@@ -70,24 +70,19 @@ def test_nothing_else_is_kept(server, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="does not match") as error:
         fetch.download(server.url, path, "0" * 64)
     server.status = 503
-    with pytest.raises(InputError, match="nothing was kept: 503"):
-        fetch.download(server.url, path, server.sha256)
-    with pytest.raises(InputError, match="nothing was kept"):
-        fetch.download("http://127.0.0.1:1/data.bin", path, server.sha256)
+    refuses("nothing was kept: 503", fetch.download, server.url, path, server.sha256)
+    refuses("nothing was kept", fetch.download, "http://127.0.0.1:1/data.bin", path, server.sha256)
     assert "\n" not in str(error.value) and not list(path.parent.iterdir())
     monkeypatch.setitem(sys.modules, "pooch", None)             # now its import fails
-    with pytest.raises(InputError, match="pip install pooch"):
-        fetch.download(server.url, path, server.sha256)
+    refuses("pip install pooch", fetch.download, server.url, path, server.sha256)
 
 
 def test_the_license_comes_first(server, tmp_path, monkeypatch, capsys):
-    with pytest.raises(InputError, match="--accept_licence"):
-        fetch.fetch("semeval", tmp_path)
+    refuses("--accept_licence", fetch.fetch, "semeval", tmp_path)
     assert "License of it." in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: "n")
-    with pytest.raises(InputError, match="was not accepted"):
-        fetch.fetch("semeval", tmp_path)
+    refuses("was not accepted", fetch.fetch, "semeval", tmp_path)
     assert server.requests == 0
     monkeypatch.setattr("builtins.input", lambda question: "y")
     fetch.fetch("semeval", tmp_path)

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import copies, serving
+from conftest import copies, refuses, serving
 
 from common import InputError
 from model import RewardModel, load_model, save_model
@@ -131,16 +131,14 @@ def test_summary_by_hand():
     assert (row["pairs"], row["no_verdict"]) == (4, 1) and row["consistent"] == 0.5
     assert row["ties"] == 3 / 8 and row["first"] == pytest.approx(4.5 / 8)
     assert (row["low"], row["high"]) == wilson(row["win"], 4)
-    with pytest.raises(InputError, match="no verdict on any of 1 pairs"):
-        summarize("a : b", [("1", "")])
+    refuses("no verdict on any of 1 pairs", summarize, "a : b", [("1", "")])
 
 
 def test_a_stopped_run_loses_nothing_and_a_repeated_one_costs_nothing(server, tmp_path):
     server.answer = lambda question: "2" if "good" in question else "1"
     questions = [f"question {i}, {'good' if i % 2 else 'bad'}" for i in range(8)]
     server.script = [("fine",)] * 3 + [status(404)] * 3
-    with pytest.raises(InputError, match="404"):
-        make(server, tmp_path, workers=1).verdicts(questions)
+    refuses("404", make(server, tmp_path, workers=1).verdicts, questions)
     path = tmp_path / "judge.jsonl"
     assert len(path.read_text().splitlines()) == 3
     with path.open("a") as file:                # killed in the middle of a line
@@ -214,5 +212,4 @@ def test_bad_input(tmp_path):
                                  ("http://me:key@host/v1", (), "--url is the address"),
                                  (nobody, ("a.txt",), "--sources names two"),
                                  (nobody, (), "there is no policy in")):
-        with pytest.raises(InputError, match=reason):
-            judge.main(Config(url, "m", sources, out_dir=str(tmp_path)))
+        refuses(reason, judge.main, Config(url, "m", sources, out_dir=str(tmp_path)))

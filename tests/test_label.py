@@ -5,7 +5,7 @@ import itertools
 import sys
 
 import pytest
-from conftest import copies, program, records
+from conftest import copies, program, records, refuses
 
 from common import InputError, read_jsonl
 from real import label
@@ -123,8 +123,7 @@ def test_pairs_of_files(tmp_path):
     for sources, reason in (((a, tmp_path / "lines.txt"), "no two texts have the same prompt"),
                             ((a, "x.pt"), "two checkpoints"),
                             ((same,), "1,000 pairs in a row")):
-        with pytest.raises(InputError, match=reason):
-            next(pairs(*map(str, sources)))
+        refuses(reason, next, pairs(*map(str, sources)))
 
 
 def test_pairs_of_checkpoints(sft_ckpt, tmp_path):
@@ -191,8 +190,7 @@ def test_blind(sft_ckpt, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count(result) == 2       # at the start and at the end
     with pytest.raises(InputError, match="blind.key.jsonl is not of"):
         label.label(Config((sources[0], "other"), blind=True, out=config.out))
-    with pytest.raises(InputError, match="two different ones"):
-        label.label(Config((sources[0],), blind=True))
+    refuses("two different ones", label.label, Config((sources[0],), blind=True))
 
 # -----------------------------------------------------------------------------
 # terminal and notebook
@@ -224,8 +222,7 @@ def test_bad_input_is_one_sentence(sft_ckpt, tmp_path):
     (tmp_path / "torn.jsonl").write_text('{"prompt": "a"\n')
     for sources, out, reason in (((sft_ckpt,), "torn.jsonl", "torn.jsonl:1: this line is not JSON"),
                                  (("a", "b", "c"), "mine.jsonl", "one or two")):
-        with pytest.raises(InputError, match=reason):
-            label.label(Config(sources, out=str(tmp_path / out)))
+        refuses(reason, label.label, Config(sources, out=str(tmp_path / out)))
     missing = program("real.label", "--blind", "runs/none/ckpt.pt", "runs/no.pt")
     assert missing.returncode == 2 and missing.stderr.count("error:") == 1
     assert "runs/none/ckpt.pt does not exist; check the path" in missing.stderr

@@ -4,25 +4,12 @@ import math
 import re
 
 import bench
+import conftest
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import (
-    EOS,
-    PAD,
-    PROMPT,
-    RESPONSE,
-    ROOT,
-    VARIANTS,
-    awake,
-    close,
-    disc_of,
-    ids,
-    misfits,
-    off,
-    toy,
-)
+from conftest import EOS, PAD, PROMPT, RESPONSE, VARIANTS, awake, close, ids, off, refuses, toy
 
 import model as net
 from common import InputError
@@ -39,8 +26,7 @@ MASK = RESPONSE != PAD
     (dict(arch="palm", n_embd=12, n_head=4), "must be even"),
     (dict(arch="llama", n_embd=12, n_head=4), "must be even")])
 def test_sizes_that_cannot_work_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        ModelConfig(**options)
+    refuses(message, ModelConfig, **options)
 
 # -----------------------------------------------------------------------------
 # the interface, the same for every architecture (the fixture `model`)
@@ -112,8 +98,7 @@ def test_texts_up_to_the_block_and_no_longer(model):
     for too_long in (lambda: model(PROMPT[1:2], response),
                      lambda: model(torch.full((1, 40), 3), RESPONSE[:1]),
                      lambda: model.generate(PROMPT, room + 1)):
-        with pytest.raises(InputError, match="tokens do not fit this model's block of 32 tokens"):
-            too_long()
+        refuses("tokens do not fit this model's block of 32 tokens", too_long)
 
 
 @pytest.mark.parametrize("arch", ["gpt", "palm", "llama"])
@@ -353,20 +338,19 @@ def test_a_bad_checkpoint_is_one_sentence(tmp_path, tok):
         with pytest.raises(InputError, match=reason) as error:
             net.load_model(tmp_path / name)
         assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
-    with pytest.raises(InputError, match="holds a language model; a reward model is needed here"):
-        net.load_reward_model(good)
+    refuses("holds a language model; a reward model is needed here", net.load_reward_model, good)
 
 
 @pytest.mark.parametrize("made, save, load", [
     (toy, net.save_model, net.load_model),
     (lambda: RewardModel(toy()), net.save_model, net.load_reward_model),
-    (disc_of, save_discriminator, load_discriminator)])
+    (conftest.disc_of, save_discriminator, load_discriminator)])
 def test_weights_that_do_not_fit_are_one_sentence(tmp_path, tok, made, save, load):
     path = tmp_path / "ckpt.pt"
     save(path, made(), tok)
     load(path)
     whole = torch.load(path, weights_only=True)
-    for weights in misfits(whole["model"]):
+    for weights in conftest.misfits(whole["model"]):
         torch.save(whole | {"model": weights}, path)
         with pytest.raises(InputError, match=r"ckpt.pt: 1 of its weights do not fit its model, "
                                              r"such as [a-z_.]+; train it again$"):
@@ -387,7 +371,7 @@ def test_the_comparison_with_peers_runs(monkeypatch, capsys):
 
 def test_no_pickle_is_ever_loaded():
     """Every torch.load has weights_only=True, and no module that unpickles is imported."""
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("real/*.py")]
+    paths = [*conftest.ROOT.glob("*.py"), *conftest.ROOT.glob("real/*.py")]
     code = "\n".join(path.read_text(encoding="utf-8") for path in paths)
     loads = re.findall(r"torch\.load\(.*", code)
     assert len(loads) == 2 and all("weights_only=True" in line for line in loads)

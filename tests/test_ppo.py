@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import CPU, EOS, PAD, awake, ids, off, pairs, tiny, toy
+from conftest import CPU, EOS, PAD, awake, ids, off, pairs, refuses, tiny, toy
 
 import common
 import ppo
@@ -300,8 +300,7 @@ def run_of(folder, sft_ckpt, reward_fn=count_e, **changes):
     ([1.0] * 7 + [float("nan")], "gave nan to '.*': a score must be finite"),
     ([1.0] * 7 + [1e300], "gave inf to")])
 def test_a_reward_of_the_wrong_kind_is_one_sentence(tmp_path, sft_ckpt, scores, message):
-    with pytest.raises(InputError, match=f"^reward_fn .*{message}"):
-        run_of(tmp_path, sft_ckpt, lambda prompts, texts: scores)
+    refuses(f"^reward_fn .*{message}", run_of, tmp_path, sft_ckpt, lambda prompts, texts: scores)
 
 
 @pytest.mark.parametrize("changes", [
@@ -349,8 +348,7 @@ def test_what_the_reward_model_prefers_becomes_more_frequent(tmp_path, sft_ckpt)
     logged = column(tmp_path, "score")
     assert logged[-1] > logged[0] + 1
     other = conftest.with_another_tokenizer(tmp_path / "reward.pt", tmp_path / "other.pt")
-    with pytest.raises(InputError, match="other.pt has another tokenizer than"):
-        run_of(tmp_path, sft_ckpt, None, reward=other)
+    refuses("other.pt has another tokenizer than", run_of, tmp_path, sft_ckpt, None, reward=other)
 
 
 def test_an_adapter_scores_as_the_merged_reward_model_does(tmp_path, sft_ckpt):

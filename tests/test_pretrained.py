@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VARIANTS, awake, close, program, serving, toy
+from conftest import VARIANTS, awake, close, program, refuses, serving, toy
 
-from common import InputError
 from data import encode_records, tokenizer, tokenizer_of
 from model import RewardModel, load_model, logprobs, save_model
 from real import pretrained
@@ -202,11 +201,9 @@ def test_shards_half_precision_and_a_pad_that_is_the_end_token(tmp_path):
     close(model.wte.weight, published("gpt2").transformer.wte.weight, atol=1e-2)
     shard = sorted(folder.glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(InputError, match=f"{shard.name}: this file is damaged"):
-        load_pretrained(str(folder))
+    refuses(f"{shard.name}: this file is damaged", load_pretrained, str(folder))
     change_json(folder / pretrained.INDEX, weight_map=None)
-    with pytest.raises(InputError, match="'weight_map' is missing"):
-        load_pretrained(str(folder))
+    refuses("'weight_map' is missing", load_pretrained, str(folder))
 
 
 def test_what_cannot_go_in_or_out_is_one_sentence(tmp_path, tok):
@@ -215,8 +212,7 @@ def test_what_cannot_go_in_or_out_is_one_sentence(tmp_path, tok):
     save_model(tmp_path / "reward.pt", RewardModel(gpt), tok)
     for name, message in (("palm", "transformers has no class for this palm"),
                           ("reward", "a language model is needed")):
-        with pytest.raises(InputError, match=message):
-            export(str(tmp_path / f"{name}.pt"), str(tmp_path / "out"))
+        refuses(message, export, str(tmp_path / f"{name}.pt"), str(tmp_path / "out"))
     for name, change, message in (
             ("gpt2", {"model_type": "bert"}, "'bert'; only gpt2, llama, t5, qwen2 can be loaded"),
             ("gpt2", {"activation_function": "relu"}, "only gelu_new is supported"),
@@ -234,17 +230,14 @@ def test_what_cannot_go_in_or_out_is_one_sentence(tmp_path, tok):
             ("qwen2", {"eos_token_id": None}, "eos_token_id is missing")):
         folder = folder_of(tmp_path / name, name)
         change_json(tmp_path / name / "config.json", **change)
-        with pytest.raises(InputError, match=message):
-            load_pretrained(folder)
+        refuses(message, load_pretrained, folder)
     folder = folder_of(tmp_path / "in", "gpt2")
     # A pickle is not looked at.
     (tmp_path / "in" / "model.safetensors").rename(tmp_path / "in" / "pytorch_model.bin")
-    with pytest.raises(InputError, match="model.safetensors does not exist"):
-        load_pretrained(folder)
+    refuses("model.safetensors does not exist", load_pretrained, folder)
     for broken, message in (("{", "is not JSON"), ("[]", "is not a JSON object")):
         (tmp_path / "in" / "config.json").write_text(broken)
-        with pytest.raises(InputError, match=message):
-            load_pretrained(folder)
+        refuses(message, load_pretrained, folder)
     result = program("real.pretrained", "gtp2", tmp_path / "out")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "there is no model 'gtp2'" in result.stderr

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pytest
+from conftest import refuses
 
 import puns
 from common import InputError
@@ -304,8 +305,7 @@ def test_mistakes_are_found_with_file_and_line(tmp_path, file, old, new, where, 
 def test_a_missing_lexicon_file_is_named(tmp_path):
     write_lexicon(tmp_path)
     (tmp_path / "verbs.txt").unlink()
-    with pytest.raises(InputError, match="verbs.txt: cannot be read"):
-        World(tmp_path)
+    refuses("verbs.txt: cannot be read", World, tmp_path)
 
 
 def test_files_from_windows_are_read_alike(tmp_path, tiny_world):
@@ -327,8 +327,7 @@ def test_check_command(tiny_world, monkeypatch, capsys):
     assert "puns_large: 2 topics, 3 things, 4 pun phrases (1 of them heterographic)" in out
     assert "6 pairs make a pun, 1 of them are held out" in out      # 2 x 2 + 1 x 2; 0.15 of them
     monkeypatch.setattr(w, "parse", lambda text: None)
-    with pytest.raises(InputError, match="ambiguous: 'I was a"):
-        puns.check()
+    refuses("ambiguous: 'I was a", puns.check)
 
 
 def test_no_token_is_a_slur():
@@ -343,8 +342,7 @@ def test_sample_and_judge_commands(tiny_world, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 30
     assert any(line.endswith("a hug.   [knead/need: to work dough; to want]") for line in lines)
-    with pytest.raises(InputError, match="--kind is one of pun, mismatch, literal, not 'joke'"):
-        puns.sample(kind="joke")
+    refuses("--kind is one of pun, mismatch, literal, not 'joke'", puns.sample, kind="joke")
     puns.judge("About a teller:", "I was a banker until I lost interest.")
     out = capsys.readouterr().out
     assert out.startswith("fluent True, on topic False, pun True\nframe  I was {a X}")

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from conftest import CPU, copies, off, records, with_another_tokenizer
+from conftest import CPU, copies, off, records, refuses, with_another_tokenizer
 
 import sample
 from common import InputError, read_jsonl
@@ -58,8 +58,7 @@ def test_the_best_of_n_becomes_records(runs, capsys, sft_ckpt, tok):
     prompts = ["About a banker:", "About an owl:"]
     options = dict(best_to="best.jsonl", n=4,
                    data=records("prompts.jsonl", [{"prompt": prompt} for prompt in prompts]))
-    with pytest.raises(InputError, match="reward_model/ckpt.pt, which scores"):
-        output_of(capsys, **options)
+    refuses("reward_model/ckpt.pt, which scores", output_of, capsys, **options)
     add_reward_model(sft_ckpt, tok)
     assert "best.jsonl: 2 records" in output_of(capsys, **options)
     repeated = [prompt for prompt in prompts for _ in range(4)]
