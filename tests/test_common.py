@@ -70,6 +70,8 @@ def test_every_number_has_a_range_and_is_checked(module):
                 with pytest.raises(InputError, match=f"--{field.name} must be "):
                     common.check_options(module.Config(**{field.name: value}))
     common.check_options(module.Config())
+    if hasattr(module.Config, "temperature"):
+        common.check_options(module.Config(temperature=1e-3))
 
 
 @pytest.mark.parametrize("dtype, has_bf16, expected", [

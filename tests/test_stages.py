@@ -143,7 +143,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(call, tmp_path):
                  ("gan --baseline none", "--baseline is critic"),
                  ("gan --batch_size 6", "--batch_size must be a multiple of --minibatch_size"),
                  ("evaluate --compare .", ". holds no <arch>-<seed>/report.json")]
-    mistakes += [(f"{name} --temperature 1e-40", "--temperature must be 0 or at least 0.001, not ")
+    mistakes += [(f"{name} --temperature 9e-4", "--temperature must be 0 or at least 0.001, not ")
                  for name, module in PROGRAMS.items() if "temperature" in options_of(module)]
     for line, message in mistakes:
         code, out, err = call(f"{line} --device cpu")
