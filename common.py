@@ -11,6 +11,7 @@ A run writes runs/<stage>/ and nothing else:
     ckpt.pt          when it is done: the model
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -20,12 +21,14 @@ import math
 import os
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 
@@ -253,6 +256,73 @@ def make_rng(device, seed):
     return torch.Generator(device).manual_seed(seed + rank())
 
 # -----------------------------------------------------------------------------
+# a GPU: small models keep it waiting, since Python needs longer to launch a kernel than it to run
+# one. A CUDA graph launches all kernels of a step at once.
+
+@functools.cache
+def first_graph():
+    """A graph that stays alive, and with it the memory that it shares with all others: one place
+    for what they compute, since only one of them runs at a time."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin()
+    torch.zeros(1, device="cuda")
+    graph.capture_end()
+    return graph
+
+
+def cuda_graph(function, device, n_eager=2):
+    """The function, but on a GPU its kernels are recorded once and replayed from then on.
+
+    function: takes tensors, in lists or dicts if need be, and returns tensors. Whatever else it
+    reads or writes, such as weights and an optimizer's state, must stay at its place in memory.
+    For each set of shapes the first n_eager calls run as they are, the next one is recorded. A
+    function that asks for a number on the GPU, as print() does, is never recorded. Elsewhere than
+    on a GPU this is the function itself."""
+    if device.type != "cuda" or world_size() > 1:
+        return function
+    stream = torch.cuda.Stream()            # nothing can be recorded on the default stream
+    n_calls, graphs = collections.Counter(), {}             # of each set of shapes
+
+    def run(arguments):
+        """Runs the function as it is. Returns (its outputs, whether it waited for the GPU)."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            outputs = function(*arguments)
+            torch.cuda.set_sync_debug_mode("default")
+        return outputs, any("called a synchronizing" in str(w.message) for w in caught)
+
+    def record(arguments):
+        inputs = tree_map(torch.clone, arguments)           # where each replay finds its arguments
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=first_graph().pool())
+        outputs = function(*inputs)
+        graph.capture_end()
+        return graph, tree_leaves(inputs), outputs
+
+    def call(*arguments):
+        shapes = tuple(x.shape for x in tree_leaves(arguments))
+        n_calls[shapes] += 1
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            if n_calls[shapes] <= n_eager:
+                outputs, waits = run(arguments)
+                if waits:
+                    n_calls[shapes] = 0                     # the next call is the first one again
+            else:
+                if shapes not in graphs:
+                    graphs[shapes] = record(arguments)
+                graph, inputs, outputs = graphs[shapes]
+                for mine, x in zip(inputs, tree_leaves(arguments), strict=True):
+                    mine.copy_(x)
+                graph.replay()
+                outputs = tree_map(torch.clone, outputs)    # the next replay overwrites its own
+        torch.cuda.current_stream().wait_stream(stream)
+        return outputs
+
+    return call
+
+# -----------------------------------------------------------------------------
 # files and progress
 
 @contextlib.contextmanager
@@ -416,7 +486,7 @@ class Run:
 
     def _save(self):
         state = {"parts": {name: _get_state(part) for name, part in self.parts.items()}}
-        state["config"] = self.config
+        state["config"] = self.config | self.used       # a state of a GPU is of no use elsewhere
         state["data"] = self.data
         state["step"] = self.step
         state["seconds"] = time.time() - self.started
@@ -440,7 +510,7 @@ class Run:
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
             changed = "data" if state["data"] != self.data else ""
-            if state["config"] != self.config:
+            if state["config"] != self.config | self.used:
                 changed = "options"
             if not changed:
                 self._restore(state)
@@ -478,7 +548,7 @@ class Run:
 
         Raises InputError if a number is not finite, since training cannot recover from it.
         tokens_per_second: those that were dealt by Batches or sampled, since the last row."""
-        numbers = torch.tensor(list(metrics.values()), dtype=torch.float64)
+        numbers = torch.tensor([float(x) for x in metrics.values()], dtype=torch.float64)
         metrics = dict(zip(metrics, average_over_processes(numbers).tolist(), strict=True))
         for name, value in metrics.items():
             if not math.isfinite(value):

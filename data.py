@@ -359,10 +359,10 @@ class Batches:
 
     def __init__(self, encoded, batch_size, pad_token_id, device, seed, few_shapes=False):
         """encoded: {field: (N, longest) ids, or (N,) numbers}. few_shapes: widths are powers of
-        two, since torch.compile starts anew for each. If N is less than one batch, records repeat
-        in it. Raises InputError if N is 0."""
-        self.encoded, self.pad_token_id, self.device = encoded, pad_token_id, device
-        self.seed, self.few_shapes = seed, few_shapes
+        two, since torch.compile starts anew for each; always so on a GPU, as for cuda_graph(). If
+        N is less than one batch, records repeat in it. Raises InputError if N is 0."""
+        self.encoded, self.pad_token_id, self.device = encoded, pad_token_id, torch.device(device)
+        self.seed, self.few_shapes = seed, few_shapes or self.device.type == "cuda"
         # How wide a batch is follows from lengths on the CPU: a GPU need not be asked, and waited
         # for. There the records themselves are moved once, not batch by batch.
         self.lengths_of = {field: (ids != pad_token_id).sum(dim=1)
@@ -410,7 +410,9 @@ class Batches:
 
     def take(self, rows):
         """The records of these rows, as a batch on the device."""
-        where = rows.to(self.device)                        # (B,)
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()        # then the copy does not wait for the GPU
+        where = rows.to(self.device, non_blocking=True)                 # (B,)
         batch = {}
         for field, values in self.on_device.items():
             values = values[where]                                      # (B, longest) or (B,)
@@ -458,7 +460,7 @@ def prompt_batches(records, config, tok, block_size, device, seed):
 # what a model writes
 
 @torch.no_grad()
-def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=256, **sampling):
+def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=None, **sampling):
     """Samples a response to each prompt, given as strings: yields (prompt (B, P), response (B, R)).
 
     A response has at most max_new_tokens, or the room that its own prompt leaves. sampling:
@@ -468,6 +470,7 @@ def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=25
     block_size, device = model.config.block_size, next(model.parameters()).device
     records = [{"prompt": prompt} for prompt in prompts]    # without a file to name
     encoded = encode_records(records, tok, ["prompt"], block_size, reserve=1)["prompt"]
+    batch_size = batch_size or (1024 if device.type == "cuda" else 256)
     for batch in progress_bar(encoded.split(batch_size), "samples"):
         room = block_size - trim(batch, tok.pad_token_id, "left").size(1)
         # A long prompt must not shorten the others' responses: then each is answered by itself.

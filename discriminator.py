@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Options, Run, command_line, make_rng, setup
+from common import InputError, Options, Run, command_line, cuda_graph, make_rng, setup
 from data import Batches, encode_records, longest, pad_right, read_records, respond, tokenizer_of
 from model import (
     DISCRIMINATOR,
@@ -232,19 +232,25 @@ def train(config):
     discriminator.train()
     # AdamW, as for the reward model: the trunk has learned the language, and moves little.
     optimizer = adamw(discriminator, config.lr, config.weight_decay)
+
+    def learn(batch):
+        """One step on {prompt, real, fake}. Returns (loss, norm of the gradient)."""
+        with autocast():
+            real, fake = verdicts(discriminator, generator, batch)      # (B,) each
+        loss = discriminator_loss(real, fake, config.label_smoothing)
+        grad_norm = optimizer_step(loss, discriminator, optimizer, config.grad_clip)
+        return loss.detach(), grad_norm
+
+    learn = cuda_graph(learn, device)                   # on a CPU it stays what it is
     run = Run("discriminator", config)
     for step in run.steps(config.eval_interval, discriminator=discriminator, optimizer=optimizer,
                           batches=batches):
         is_last = step + 1 == config.max_steps
         set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
-        batch = batches.next()                                          # {prompt, real, fake}
-        with autocast():
-            real, fake = verdicts(discriminator, generator, batch)      # (B,) each
-        loss = discriminator_loss(real, fake, config.label_smoothing)
-        grad_norm = optimizer_step(loss, discriminator, optimizer, config.grad_clip)
+        loss, grad_norm = learn(batches.next())
 
         if step % config.log_interval == 0 or is_last:
-            run.log(loss=loss.item(), grad_norm=grad_norm)
+            run.log(loss=loss, grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
             # At 1.0 a generator would get no signal from it, at .5 it has learned nothing.
             run.log(**evaluate(discriminator, generator, val, autocast))

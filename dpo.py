@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Run, TrainOptions, command_line, make_rng, setup
+from common import InputError, Run, TrainOptions, command_line, cuda_graph, make_rng, setup
 from data import (
     Batches,
     encode_records,
@@ -424,25 +424,32 @@ def train(config):
     rng = make_rng(device, config.seed)
     make_pair = compile_step(dpo_batch) if config.compile else dpo_batch
 
+    def learn(batch):
+        """One step. Returns (loss, norm of the gradient, the Pair or Labeled)."""
+        with autocast():
+            pair = make_pair(policy, reference, batch, config.loss == "kto")
+        loss = losses_of(pair, config).mean()                           # over records
+        grad_norm = optimizer_step(loss, policy, optimizer, config.grad_clip)
+        return loss.detach(), grad_norm, type(pair)(*(x.detach() for x in pair))
+
+    learn = cuda_graph(learn, device)                   # on a CPU it stays what it is
     run = Run("dpo", config)
     for step in run.steps(config.eval_interval, policy=policy, optimizer=optimizer,
                           batches=batches, rng=rng):
         is_last = step + 1 == config.max_steps
         lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
         batch, metrics = batches.next(), {}
-        with autocast():
-            if reward_model is not None:                    # online: the policy writes the pairs
+        if reward_model is not None:                        # online: the policy writes the pairs
+            with autocast():
                 batch, scores = sample_pairs(policy, reward_model, batch["prompt"], config, rng)
-                metrics["score"] = scores.mean().item()
-                sampled = torch.cat([batch["chosen"], batch["rejected"]])
-                run.sampled_tokens += (sampled != policy.pad_token_id).sum().item()
-            pair = make_pair(policy, reference, batch, config.loss == "kto")
-        loss = losses_of(pair, config).mean()                           # over records
-        grad_norm = optimizer_step(loss, policy, optimizer, config.grad_clip)
+            metrics["score"] = scores.mean()
+            sampled = torch.cat([batch["chosen"], batch["rejected"]])
+            run.sampled_tokens += (sampled != policy.pad_token_id).sum().item()
+        loss, grad_norm, pair = learn(batch)
 
         if step % config.log_interval == 0 or is_last:
             metrics |= reward_metrics(pair, config.beta)
-            run.log(loss=loss.item(), **metrics, lr=lr, grad_norm=grad_norm)
+            run.log(loss=loss, **metrics, lr=lr, grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
             held_out = {}
             if reward_model is None:

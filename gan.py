@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import tyro
 
 import ppo
-from common import InputError, Options, Run, command_line, make_rng, setup
+from common import InputError, Options, Run, command_line, cuda_graph, make_rng, setup
 from data import Batches, encode_records, format_samples, prompt_batches, tokenizer_of
 from discriminator import (
     accuracy_of,
@@ -170,7 +170,7 @@ def differentiable_loss(policy, reference, discriminator, prompt, response, conf
 
 def discriminator_step(discriminator, policy, optimizer, real, fake_prompt, fake_response, config,
                        autocast):
-    """One step of D on reals {prompt, completion} and on fakes. Returns metrics.
+    """One step of D on reals {prompt, completion} and on fakes. Returns {metric: a scalar}.
 
     G gets no gradient, and zero_grad() drops what G's own step left in D."""
     real_prompt, real_response = real["prompt"], real["completion"]
@@ -182,8 +182,8 @@ def discriminator_step(discriminator, policy, optimizer, real, fake_prompt, fake
         fake_logit = discriminator(fake_prompt, fake_response, fake_states)     # (B,)
     loss = discriminator_loss(real_logit, fake_logit, config.label_smoothing)
     optimizer_step(loss, discriminator, optimizer, config.grad_clip)    # D's weights alone
-    return {"d_loss": loss.item(), "d_accuracy": accuracy_of(real_logit, fake_logit).item(),
-            "d_real": real_logit.mean().item(), "d_fake": fake_logit.mean().item()}
+    return {"d_loss": loss.detach(), "d_accuracy": accuracy_of(real_logit, fake_logit),
+            "d_real": real_logit.mean().detach(), "d_fake": fake_logit.mean().detach()}
 
 
 def rows_of_step(k, config):
@@ -241,6 +241,13 @@ def train(config):
         states = states_for(discriminator, policy, prompt, response)    # None if D reads tokens
         return generator_objective(discriminator(prompt, response, states), config.objective)
 
+    def d_learns(real, fake_prompt, fake_response):
+        return discriminator_step(discriminator, policy, d_optimizer, real, fake_prompt,
+                                  fake_response, config, autocast)
+
+    d_learns = cuda_graph(d_learns, device)                 # on a CPU it stays what it is
+    g_learns = ppo.minibatch_step(policy, value_head, optimizer, config, autocast)
+
     run = Run("gan", config)
     for step in run.steps(config.sample_interval, policy=policy, value_head=value_head,
                           discriminator=discriminator, optimizer=optimizer,
@@ -260,17 +267,14 @@ def train(config):
         # -- D learns, on reals and on what G has just written
         for k in range(config.d_steps):
             fakes = rows_of_step(k, config)
-            metrics |= discriminator_step(discriminator, policy, d_optimizer, reals.next(),
-                                          rollout.prompt[fakes], rollout.response[fakes], config,
-                                          autocast)
+            metrics |= d_learns(reals.next(), rollout.prompt[fakes], rollout.response[fakes])
 
         # -- G learns
-        g_learns = not config.skip_g_every or (step + 1) % config.skip_g_every > 0
-        if g_learns and config.estimator == "reinforce":
+        is_g_turn = not config.skip_g_every or (step + 1) % config.skip_g_every > 0
+        if is_g_turn and config.estimator == "reinforce":
             advantages, returns = ppo.compute_advantages(rollout, config, config.kl_coef)
-            metrics |= ppo.update(policy, value_head, optimizer, rollout, advantages, returns,
-                                  config, autocast)
-        elif g_learns:
+            metrics |= ppo.update(g_learns, rollout, advantages, returns, config)
+        elif is_g_turn:
             for start in range(0, config.batch_size, config.minibatch_size):
                 part = slice(start, start + config.minibatch_size)
                 with autocast():

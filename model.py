@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import InputError, atomic_write, progress_bar
+from common import InputError, atomic_write, cuda_graph, progress_bar
 
 
 @dataclass(slots=True)
@@ -105,9 +105,9 @@ def attend(q, k, v, bias, scale):
 
     q (B, nh, T, hs); k, v (B, nh, S, hs); bias broadcasts to (B, nh, T, S) and is -inf where a
     query must not look."""
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" and k.size(2) > 128:
         return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale)
-    # On a CPU, for short texts, the formula itself is faster than the fused kernel.
+    # For short texts, and on a CPU for all, the formula itself is faster than the fused kernel.
     att = (q @ k.transpose(-2, -1)) * scale + bias          # (B, nh, T, S)
     return att.softmax(dim=-1).to(v.dtype) @ v              # (B, nh, T, hs)
 
@@ -172,15 +172,15 @@ class DecoderOnly(LanguageModel):
         cache.length = prompt.size(1)
         # For all steps at once: a new token sees all but the prompt's pads, and it counts them out.
         mask = F.pad(mask, (0, max_new_tokens), value=True)             # (B, P + max_new_tokens)
-        cache.bias, cache.positions = mask_bias(mask)[:, None, None], token_positions(mask)
+        cache.bias, cache.positions = causal_bias(mask, max_new_tokens), token_positions(mask)
         return x[:, -1]
 
     def step(self, token, cache):
         """Reads one more token (B,). Returns its state, (B, C)."""
-        start, end = cache.length, cache.length + 1
-        x = self.run_blocks(self.embed(token[:, None]), cache.bias[..., :end],
-                            cache.positions[:, start:end], cache)       # (B, 1, C)
-        cache.length = end
+        bias = cache.newest(cache.bias, 2)[..., :cache.end]             # (B, 1, 1, S)
+        positions = cache.newest(cache.positions, 1)                    # (B, 1)
+        x = self.run_blocks(self.embed(token[:, None]), bias, positions, cache)     # (B, 1, C)
+        cache.length += 1
         return x[:, -1]
 
 
@@ -597,17 +597,19 @@ class T5(LanguageModel):
     def prefill(self, prompt, cache, max_new_tokens):
         """Encodes the prompt. Returns the state of the decoder's start token, (B, C)."""
         self.check_length(max(prompt.size(1), max_new_tokens - 1))
-        cache.encoded, cache.bias = self.encode(prompt)
-        cache.self_bias = self.decoder_bias(max_new_tokens)     # for all steps at once
+        cache.encoded, cache.encoded_bias = self.encode(prompt)
+        # The start token and the response; the prompt has keys and values of its own.
+        cache.capacity = max_new_tokens + 1
+        cache.bias = self.decoder_bias(cache.capacity)          # for all steps at once
         start = prompt.new_full((len(prompt),), self.config.decoder_start_token_id)
         return self.step(start, cache)
 
     def step(self, token, cache):
         """Reads one more token (B,). Returns its state, (B, C)."""
-        start, end = cache.length, cache.length + 1
-        x = self.decoder(self.embed(token[:, None]), cache.self_bias[:, :, start:end, :end],
-                         cache.encoded, cache.bias, cache)                  # (B, 1, C)
-        cache.length = end
+        bias = cache.newest(cache.bias, 2)[..., :cache.end]                 # (1, nh, 1, S)
+        x = self.decoder(self.embed(token[:, None]), bias, cache.encoded, cache.encoded_bias,
+                         cache)                                             # (B, 1, C)
+        cache.length += 1
         return x[:, -1]
 
 
@@ -642,32 +644,52 @@ class KVCache:
 
     def __init__(self, capacity):
         self.capacity = capacity
-        self.length = 0             # positions filled so far
+        # Positions filled so far. On a GPU, a tensor (1,) while tokens are written: the recorded
+        # kernels of a step (cuda_graph) find there where the next token goes.
+        self.length = 0
         self.keys, self.values = {}, {}                     # of each layer, (B, G, capacity, hs)
-        self.bias = None            # hides the prompt's pads, (B, 1, 1, P or capacity)
+        self.bias = None            # who sees whom, (B or 1, 1 or nh, T, capacity)
         self.positions = None       # (B, capacity), if the model has them
         self.encoded = []           # of each layer of a decoder: the prompt's keys and values
+        self.encoded_bias = None    # hides the prompt's pads, (B, 1, 1, P)
+
+    @property
+    def end(self):
+        """How many positions a new token looks at. On a GPU all, since the bias hides the rest."""
+        return self.capacity if torch.is_tensor(self.length) else self.length + 1
+
+    def newest(self, x, dim):
+        """The entry of the next position in x, whose axis `dim` has all of them, or the last T."""
+        index = self.length - (self.capacity - x.size(dim))
+        return x.index_select(dim, index) if torch.is_tensor(index) else x.narrow(dim, index, 1)
 
     def extend(self, layer, k, v):
-        """Appends new keys and values (B, G, T, hs); returns all so far, (B, G, S, hs) each."""
+        """Appends new keys and values (B, G, T, hs); returns all to look at, (B, G, S, hs) each."""
         if layer not in self.keys:
             B, n_groups, _, head_size = k.shape
-            self.keys[layer] = k.new_empty(B, n_groups, self.capacity, head_size)
-            self.values[layer] = v.new_empty(B, n_groups, self.capacity, head_size)
+            # Zeros, because even a position that the bias hides must not be NaN.
+            self.keys[layer] = k.new_zeros(B, n_groups, self.capacity, head_size)
+            self.values[layer] = v.new_zeros(B, n_groups, self.capacity, head_size)
+        keys, values = self.keys[layer], self.values[layer]
+        if torch.is_tensor(self.length):
+            return keys.index_copy_(2, self.length, k), values.index_copy_(2, self.length, v)
         end = self.length + k.size(2)                           # positions filled after this call
-        self.keys[layer][:, :, self.length:end] = k
-        self.values[layer][:, :, self.length:end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
     def keep(self, rows):
         """Forgets all rows of the batch but these (N,)."""
         for tensors in (self.keys, self.values):
             for layer in tensors:
                 tensors[layer] = tensors[layer][rows]
-        self.bias = self.bias[rows]
+        if len(self.bias) > 1:      # or one serves all rows
+            self.bias = self.bias[rows]
         if self.positions is not None:
             self.positions = self.positions[rows]
-        self.encoded = [(k[rows], v[rows]) for k, v in self.encoded]
+        if self.encoded:
+            self.encoded = [(k[rows], v[rows]) for k, v in self.encoded]
+            self.encoded_bias = self.encoded_bias[rows]
 
 
 @torch.no_grad()
@@ -683,6 +705,8 @@ def sample_responses(model, prompt, max_new_tokens, temperature=1.0, top_k=0, to
     x = model.prefill(prompt, cache, max_new_tokens)                        # (B, C)
     # All random numbers at once: no response depends on when those beside it end.
     u = torch.rand(B, max_new_tokens, generator=rng, device=device)
+    if device.type == "cuda":
+        return sample_on_gpu(model, cache, x, u, temperature, top_k, top_p)
     response = torch.full_like(u, model.pad_token_id, dtype=torch.long)
     chosen = torch.zeros_like(u)                        # pads cost no log-prob
     rows = torch.arange(B, device=device)               # those that are still computed, N of them
@@ -703,6 +727,34 @@ def sample_responses(model, prompt, max_new_tokens, temperature=1.0, top_k=0, to
             cache.keep(left)
         x = model.step(token, cache)                                        # (N, C)
     return response[:, :t + 1], chosen[:, :t + 1]
+
+
+def sample_on_gpu(model, cache, x, u, temperature, top_k, top_p):
+    """The loop of sample_responses() with the same kernels for every token and all rows, so that
+    they can be recorded. x (B, C), u (B, T) -> response (B, T), logprobs (B, T)"""
+    response = torch.full_like(u, model.pad_token_id, dtype=torch.long)     # (B, T)
+    chosen = torch.zeros_like(u)                                            # (B, T)
+    done = torch.zeros_like(u[:, :1], dtype=torch.bool)                     # (B, 1)
+    t = torch.zeros(1, dtype=torch.long, device=u.device)
+    cache.length = t + cache.length                     # both count on the GPU from here on
+
+    def write_token():
+        logp = sampling_logprobs(model.head(x), temperature, top_k, top_p)      # (B, V)
+        token = sample(logp, u.index_select(1, t).squeeze(1))[:, None]          # (B, 1)
+        token_logp = logp.take_along_dim(token, 1)                              # (B, 1)
+        response.index_copy_(1, t, token.masked_fill(done, model.pad_token_id))
+        chosen.index_copy_(1, t, token_logp.masked_fill(done, 0.0))
+        done.logical_or_(token == model.config.eos_token_id)
+        x.copy_(model.step(token.squeeze(1), cache))                            # (B, C)
+        t.add_(1)
+        return done.all()
+
+    write_token = cuda_graph(write_token, u.device, n_eager=1)
+    for i in range(u.size(1)):
+        all_done = write_token()
+        if i % 8 == 7 and all_done:                     # asked seldom, since to ask is to wait
+            break
+    return response, chosen
 
 
 def sampling_logprobs(logits, temperature=1.0, top_k=0, top_p=1.0):

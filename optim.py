@@ -24,7 +24,10 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, without=()):
     vectors = [p for p in params if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    # On a GPU the rate is a number on the GPU, for a step that is recorded once (cuda_graph).
+    on_gpu = any(p.is_cuda for p in params)
+    lr = torch.tensor(lr, device="cuda") if on_gpu else lr
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True, capturable=on_gpu)
 
 
 class Muon(torch.optim.Optimizer):
@@ -43,8 +46,14 @@ class Muon(torch.optim.Optimizer):
 
         trainable = [p for p in model.parameters() if p.requires_grad and p.dim() == 2]
         self.matrices = [p for p in trainable if is_block_matrix(p)]
+        # Matrices of one shape are updated together: a few large products, not many small.
+        self.groups = {p.shape: [q for q in self.matrices if q.shape == p.shape]
+                       for p in self.matrices}
+        self.momenta = {shape: torch.stack(group).detach().zero_()
+                        for shape, group in self.groups.items()}        # (N, rows, columns) each
         self.adamw = adamw(model, lr, weight_decay, without=self.matrices)
         group = {"params": self.matrices}           # empty for adapters of rank 1, which is fine
+        lr = self.adamw.defaults["lr"]                      # a tensor on a GPU
         super().__init__([group], dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
         self.param_groups += self.adamw.param_groups      # so that set_lr() reaches both
 
@@ -52,31 +61,25 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         group = self.param_groups[0]
         lr, momentum = group["lr"], group["momentum"]
-        # Matrices of one shape are orthogonalized together: a few large products, not many small.
-        for shape in dict.fromkeys(p.shape for p in self.matrices):
-            params = [p for p in self.matrices if p.shape == shape]
-            updates = []
-            for p in params:
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.mul_(momentum).add_(p.grad)
-                updates.append(p.grad + momentum * buffer)            # Nesterov momentum
-            updates = orthogonalize(torch.stack(updates))             # (N, rows, columns)
+        for shape, params in self.groups.items():
+            gradients = torch.stack([p.grad for p in params])         # (N, rows, columns)
+            buffer = self.momenta[shape].mul_(momentum).add_(gradients)
+            updates = orthogonalize(gradients + momentum * buffer)    # Nesterov momentum
             # An orthogonal matrix has entries of size 1/sqrt(max(shape)), so this factor gives
             # entries of size 0.067 lr: a third of Moonlight's 0.2 (arXiv 2502.16982, Eq. 4),
             # because lr is the one of AdamW here.
             scale = 0.067 * max(shape) ** 0.5
-            for p, update in zip(params, updates, strict=True):
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update, alpha=-scale * lr)
+            # p <- (1 - lr decay) p - scale lr update, for all of them at once
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_sub_(params, (scale * lr * updates).unbind())
         self.adamw.step()
 
     def state_dict(self):
-        momenta = [self.state[p].get("momentum") for p in self.matrices]
-        return {"momentum": momenta, "adamw": self.adamw.state_dict()}
+        return {"momenta": list(self.momenta.values()), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state):
-        for p, momentum in zip(self.matrices, state["momentum"], strict=True):
-            self.state[p]["momentum"] = momentum.to(p.device)
+        for momentum, saved in zip(self.momenta.values(), state["momenta"], strict=True):
+            momentum.copy_(saved)
         self.adamw.load_state_dict(state["adamw"])
         self.param_groups[1:] = self.adamw.param_groups
 
@@ -106,12 +109,17 @@ def set_lr(optimizer, lr, step, max_steps, warmup_steps=0):
     decay = (max_steps - step) / max(max_steps - warmup_steps, 1)
     rate = lr * min(warmup, decay)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], torch.Tensor) and group["params"]:
+            # A state that was loaded has it on the CPU.
+            group["lr"] = group["lr"].to(group["params"][0].device).fill_(rate)
+        else:
+            group["lr"] = rate
     return rate
 
 
 def optimizer_step(loss, model, optimizer, grad_clip):
-    """zero_grad, backward, clip, step: in this order. Returns the gradient's norm before the clip.
+    """zero_grad, backward, clip, step: in this order. Returns the gradient's norm before the clip,
+    a tensor, since to ask a GPU for a number is to wait for it.
 
     grad_clip: the largest norm of the whole gradient; 0 does not clip."""
     optimizer.zero_grad()
@@ -119,7 +127,7 @@ def optimizer_step(loss, model, optimizer, grad_clip):
     average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     optimizer.step()
-    return norm.item()
+    return norm
 
 
 def compile_step(function):

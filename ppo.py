@@ -34,7 +34,16 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import InputError, Run, TrainOptions, agreed, command_line, make_rng, setup
+from common import (
+    InputError,
+    Run,
+    TrainOptions,
+    agreed,
+    command_line,
+    cuda_graph,
+    make_rng,
+    setup,
+)
 from data import describe, format_samples, load_prompts, means, prompt_batches, tokenizer_of
 from lora import load_policy_and_reference, load_reward_adapter, save_trained
 from model import load_reward_model, logprobs, logprobs_from_logits
@@ -270,41 +279,48 @@ def compute_advantages(rollout, config, kl_coef):
 # -----------------------------------------------------------------------------
 # update
 
-def update(policy, value_head, optimizer, rollout, advantages, returns, config, autocast):
+def minibatch_step(policy, value_head, optimizer, config, autocast):
+    """Returns learn(): one gradient step on a minibatch of a rollout."""
+    max_length = config.max_new_tokens if config.baseline == "dr_grpo" else 0
+    actor_and_critic = nn.ModuleList([policy, value_head])      # one gradient norm for both
+
+    def learn(prompt, response, mask, old_logp, old_values, advantages, returns):
+        """prompt (b, P), all others (b, R). Returns {metric: a scalar}."""
+        with autocast():
+            logp, values = actor_critic(policy, value_head, prompt, response, config.temperature)
+        loss, metrics = policy_loss(logp, old_logp, advantages, mask, config.clip_range,
+                                    config.clip_range_high, config.loss, max_length)
+        metrics["first_ratio"] = ((logp - old_logp).exp() - 1).abs().max()
+        if config.baseline == "critic":
+            metrics["value_loss"] = value_loss(values, old_values, returns, mask,
+                                               config.clip_range)
+            loss = loss + config.vf_coef * metrics["value_loss"]
+        metrics["grad_norm"] = optimizer_step(loss, actor_and_critic, optimizer, config.grad_clip)
+        return {name: value.detach() for name, value in metrics.items()}
+
+    return cuda_graph(learn, value_head.weight.device)      # on a CPU it stays what it is
+
+
+def update(learn, rollout, advantages, returns, config):
     """Passes over one rollout, in minibatches: ppo_epochs of them, or fewer if approx_kl exceeds
-    target_kl. Returns the means of the metrics of all minibatches.
+    target_kl. learn: a minibatch_step(). Returns the means of the metrics of all minibatches.
 
     first_ratio is the largest |ratio - 1| before the first step: it must be 0, or the policy that
     is updated is not the one that wrote the rollout."""
-    has_critic = config.baseline == "critic"
-    if has_critic:
+    if config.baseline == "critic":
         advantages = whiten(advantages, rollout.mask)           # a group's are scaled already
-    max_length = config.max_new_tokens if config.baseline == "dr_grpo" else 0
-    actor_and_critic = nn.ModuleList([policy, value_head])      # one gradient norm for both
-    history, first_ratio = {}, None                             # {metric: its value at every step}
+    columns = [rollout.prompt, rollout.response, rollout.mask, rollout.logp, rollout.values,
+               advantages, returns]                         # as learn() takes them
+    history = []                                            # the metrics of every step
     for _ in range(config.ppo_epochs):
-        for rows in torch.randperm(len(rollout.prompt)).split(config.minibatch_size):
-            old_logp, mask = rollout.logp[rows], rollout.mask[rows]         # (b, R) each
-            with autocast():
-                logp, values = actor_critic(policy, value_head, rollout.prompt[rows],
-                                            rollout.response[rows], config.temperature)
-            loss, metrics = policy_loss(logp, old_logp, advantages[rows], mask, config.clip_range,
-                                        config.clip_range_high, config.loss, max_length)
-            if first_ratio is None:
-                first_ratio = ((logp - old_logp).exp() - 1).abs().max().item()
-            if has_critic:
-                metrics["value_loss"] = value_loss(values, rollout.values[rows], returns[rows],
-                                                   mask, config.clip_range)
-                loss = loss + config.vf_coef * metrics["value_loss"]
-            grad_norm = optimizer_step(loss, actor_and_critic, optimizer, config.grad_clip)
-            metrics["grad_norm"] = torch.tensor(grad_norm)
-            for name, value in metrics.items():
-                history.setdefault(name, []).append(value.detach().cpu())
-        if config.target_kl and agreed(metrics["approx_kl"] > config.target_kl):
+        order = torch.randperm(len(rollout.prompt)).to(rollout.prompt.device)
+        for rows in order.split(config.minibatch_size):
+            history.append(learn(*[column[rows] for column in columns]))
+        if config.target_kl and agreed(history[-1]["approx_kl"] > config.target_kl):
             break       # the policy is too far from the one that wrote the rollout
-    result = {name: torch.stack(values).mean().item() for name, values in history.items()}
-    result["first_ratio"] = first_ratio
-    return result
+    result = {name: torch.stack([metrics[name] for metrics in history]).mean().item()
+              for name in history[0]}
+    return result | {"first_ratio": history[0]["first_ratio"].item()}
 
 # -----------------------------------------------------------------------------
 # the stage
@@ -374,6 +390,7 @@ def train(config, reward_fn=None):
     nn.init.zeros_(value_head.weight)                       # the first values are 0, not noise
     nn.init.zeros_(value_head.bias)
     optimizer = adamw(nn.ModuleList([policy, value_head]), config.lr, eps=1e-5)
+    learn = minibatch_step(policy, value_head, optimizer, config, autocast)
     rng = make_rng(device, config.seed)
 
     run = Run("ppo", config)
@@ -391,8 +408,7 @@ def train(config, reward_fn=None):
 
         # -- update
         advantages, returns = compute_advantages(rollout, config, config.kl_coef)
-        metrics |= update(policy, value_head, optimizer, rollout, advantages, returns, config,
-                          autocast)
+        metrics |= update(learn, rollout, advantages, returns, config)
         assert metrics["first_ratio"] < 1e-2, "the policy of the rollout is not that of the update"
 
         # -- log

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Run, TrainOptions, command_line, make_rng, setup
+from common import InputError, Run, TrainOptions, command_line, cuda_graph, make_rng, setup
 from data import Batches, encode_records, longest, respond, tokenizer_of, train_and_val
 from lora import prepare, save_trained
 from model import RewardModel, load_model
@@ -251,12 +251,8 @@ def train(config):
     optimizer = adamw(reward_model, config.lr, config.weight_decay)
     score = compile_step(score_all) if config.compile else score_all
 
-    run = Run("reward_model", config)
-    for step in run.steps(config.eval_interval, reward_model=reward_model, optimizer=optimizer,
-                          batches=batches):
-        is_last = step + 1 == config.max_steps
-        lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
-        batch = batches.next()                                  # {field: (B, R), margin: (B,), ...}
+    def learn(batch):
+        """One step on {field: (B, R), margin: (B,), ...}. Returns (loss, norm of the gradient)."""
         with autocast():
             scores = score(reward_model, batch, fields)                     # (B, K)
         if config.loss == "regression":
@@ -266,9 +262,18 @@ def train(config):
             margin = config.margin * batch.get("margin", 0.0)
             loss = ranking_loss(scores, margin, config.centering, batch.get("share", 1.0))
         grad_norm = optimizer_step(loss, reward_model, optimizer, config.grad_clip)
+        return loss.detach(), grad_norm
+
+    learn = cuda_graph(learn, device)                   # on a CPU it stays what it is
+    run = Run("reward_model", config)
+    for step in run.steps(config.eval_interval, reward_model=reward_model, optimizer=optimizer,
+                          batches=batches):
+        is_last = step + 1 == config.max_steps
+        lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
+        loss, grad_norm = learn(batches.next())
 
         if step % config.log_interval == 0 or is_last:
-            run.log(loss=loss.item(), lr=lr, grad_norm=grad_norm)
+            run.log(loss=loss, lr=lr, grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
             # accuracy, gap, and ece; in small batches, since a large vocabulary fills the memory
             metrics = evaluate(reward_model, val, fields, autocast, config.batch_size)

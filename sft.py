@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 import tyro
 
-from common import InputError, Run, TrainOptions, command_line, make_rng, setup
+from common import InputError, Run, TrainOptions, command_line, cuda_graph, make_rng, setup
 from data import (
     Batches,
     encode_records,
@@ -184,13 +184,8 @@ def train(config):
     rng = make_rng(device, config.seed)                 # for samples alone; batches have their own
     loss_function = compile_step(sft_loss) if config.compile else sft_loss
 
-    run = Run("sft", config)
-    for step in run.steps(config.eval_interval, model=model, optimizer=optimizer, batches=batches,
-                          rng=rng):
-        is_last = step + 1 == config.max_steps
-        # One step: several batches, one mean over all of their tokens.
-        lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
-        micro_batches = [batches.next() for _ in range(config.grad_accum)]
+    def learn(micro_batches):
+        """One step on several batches. Returns (loss, mean nll, norm of the gradient)."""
         n_tokens = sum(count_tokens(model, batch) for batch in micro_batches)
         loss, nlls = 0.0, []
         for batch in micro_batches:
@@ -199,10 +194,18 @@ def train(config):
             loss = loss + part                          # their sum is the mean over all tokens
             nlls.append(nll)                            # (B,)
         grad_norm = optimizer_step(loss, model, optimizer, config.grad_clip)
+        return loss.detach(), torch.cat(nlls).mean().detach(), grad_norm
+
+    learn = cuda_graph(learn, device)                   # on a CPU it stays what it is
+    run = Run("sft", config)
+    for step in run.steps(config.eval_interval, model=model, optimizer=optimizer, batches=batches,
+                          rng=rng):
+        is_last = step + 1 == config.max_steps
+        lr = set_lr(optimizer, config.lr, step, config.max_steps, config.warmup_steps)
+        loss, nll, grad_norm = learn([batches.next() for _ in range(config.grad_accum)])
 
         if step % config.log_interval == 0 or is_last:
-            run.log(loss=loss.item(), nll=torch.cat(nlls).mean().item(), lr=lr,
-                    grad_norm=grad_norm)
+            run.log(loss=loss, nll=nll, lr=lr, grad_norm=grad_norm)
         if (step + 1) % config.eval_interval == 0 or is_last:
             # What the loss cannot show: are the samples English, on topic, and funny?
             rows = measure(model, None, tok, val_prompts, rng, autocast,

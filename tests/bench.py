@@ -8,22 +8,19 @@ machine is equally fast at all times: read the ratios, the medians of the rounds
 """
 
 import contextlib
-import functools
-import importlib
+import importlib.util
 import io
-import runpy
 import statistics
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
-from common import Options, make_rng, setup, supports_bf16
+from common import Options, cuda_graph, make_rng, setup, supports_bf16
 from model import ModelConfig, RewardModel, build_model, logprobs
 from optim import Muon, adamw, optimizer_step
 
@@ -32,6 +29,13 @@ CPU = [(dict(vocab_size=2048, n_layer=4, n_head=4, n_embd=128), (64, 32), (64, 8
        (dict(vocab_size=8192, n_layer=6, n_head=6, n_embd=384), (64, 32), (64, 8, 32))]
 GPU = [(dict(vocab_size=4096, n_layer=8, n_head=8, n_embd=512), (512, 16), (1024, 5, 32))]
 SECONDS, LEAST, MOST = 25, 3, 15        # of a comparison; how many rounds it has
+
+
+def load_module(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # torch.compile looks there
+    spec.loader.exec_module(module)
+    return module
 
 
 def seconds(function):
@@ -81,21 +85,23 @@ def training(sizes, shape, nano, device, autocast):
     def their_loss(model):
         return model(tokens[:, :-1], tokens[:, 1:].contiguous())[1]
 
-    def step(model, optimizer, loss_of):
-        with autocast():
-            loss = loss_of(model)
-        optimizer_step(loss, model, optimizer, 1.0)
+    def step_of(model, make_optimizer, loss_of):
+        optimizer = make_optimizer(model, 1e-3)
 
-    def add(name, model, optimizer, loss_of):
-        functions[name] = functools.partial(step, model, optimizer(model, 1e-3), loss_of)
+        def step():
+            with autocast():
+                loss = loss_of(model)
+            return optimizer_step(loss, model, optimizer, 1.0)
+        return step
 
     for suffix in ("", ", compiled") if device.type == "cuda" else ("",):
         ours, theirs = (torch.compile(f) if suffix else f for f in (our_loss, their_loss))
-        add("wordplay" + suffix, ours_of(sizes, device), adamw, ours)
-        add("wordplay, Muon" + suffix, ours_of(sizes, device), Muon, ours)
+        for name, make_optimizer in (("wordplay", adamw), ("wordplay, Muon", Muon)):
+            step = step_of(ours_of(sizes, device), make_optimizer, ours)
+            functions[name + suffix] = cuda_graph(step, device)         # as in the stages
         if nano:
             config = nano.GPTConfig(**sizes, block_size=64, dropout=0.0)
-            add("nanoGPT" + suffix, nano.GPT(config).to(device), adamw, theirs)
+            functions["nanoGPT" + suffix] = step_of(nano.GPT(config).to(device), adamw, theirs)
     return functions
 
 
@@ -120,6 +126,7 @@ def our_ppo(sizes, shape, device, autocast):
     value_head = nn.Linear(sizes["n_embd"], 1, device=device)
     optimizer = adamw(nn.ModuleList([policy, value_head]), 1e-5)
     config = ppo.Config(batch_size=B, minibatch_size=B // 4, ppo_epochs=4, max_new_tokens=R)
+    learn = ppo.minibatch_step(policy, value_head, optimizer, config, autocast)
 
     def iteration():
         prompt = torch.randint(1, sizes["vocab_size"], (B, P), device=device)
@@ -127,7 +134,7 @@ def our_ppo(sizes, shape, device, autocast):
             rollout = ppo.make_rollout(policy, value_head, reference, reward_model, prompt, config,
                                        rng)
         advantages, returns = ppo.compute_advantages(rollout, config, config.kl_coef)
-        ppo.update(policy, value_head, optimizer, rollout, advantages, returns, config, autocast)
+        ppo.update(learn, rollout, advantages, returns, config)
     return iteration
 
 
@@ -160,7 +167,7 @@ def main(folder=""):
     machine = torch.cuda.get_device_name() if is_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}, bfloat16 {supports_bf16(device)}; tokens or "
           "episodes a second; the last column is the time over that of wordplay")
-    nano = SimpleNamespace(**runpy.run_path(f"{folder}/model.py")) if folder else None
+    nano = load_module("nanogpt", f"{folder}/model.py") if folder else None
     peers = {"nanoGPT": nano, "transformers": None, "trl.experimental.ppo": None}
     for name in list(peers)[1:]:
         with contextlib.suppress(ImportError):

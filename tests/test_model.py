@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import EOS, PAD, PROMPT, RESPONSE, VARIANTS, awake, close, ids, off, refuses, toy
 
 import model as net
-from common import InputError
+from common import InputError, make_rng
 from discriminator import load_discriminator, save_discriminator
 from model import ModelConfig, RewardModel, logprobs
 
@@ -177,7 +177,9 @@ def test_cached_generation_is_the_full_pass_and_reads_each_token_once(model, mon
     short, _ = model.generate(PROMPT, 12, temperature=0)
     monkeypatch.undo()
     n_groups = {"palm": 1}.get(model.config.arch, model.config.n_kv_head)
-    assert caches[0].keys[1].shape[1:] == (n_groups, 5 + 12, 8)     # no copy for each query head
+    # no copy for each query head; a decoder's prompt has keys of its own
+    capacity = 1 + 12 if model.config.arch == "t5" else 5 + 12
+    assert caches[0].keys[1].shape[1:] == (n_groups, capacity, 8)
     widths = []     # of all inputs of linear layers
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -194,6 +196,22 @@ def test_cached_generation_is_the_full_pass_and_reads_each_token_once(model, mon
     assert torch.equal(long, slow)
     mask = short != PAD
     assert torch.equal(short[mask], long[:, :short.size(1)][mask])
+
+
+def test_the_loop_of_a_gpu_writes_what_the_other_one_writes(model):
+    """It keeps all rows and all positions; on a CPU nothing of it is recorded."""
+    awake(model)
+    how = dict(temperature=1.3, top_k=9, top_p=0.95)
+    prompt = PROMPT.repeat(8, 1)
+    response, chosen = model.generate(prompt, 12, rng=make_rng("cpu", 0), **how)
+    cache = net.KVCache(5 + 12)
+    with torch.no_grad():
+        x = model.prefill(prompt, cache, 12)
+        u = torch.rand(24, 12, generator=make_rng("cpu", 0))
+        longer, their_chosen = net.sample_on_gpu(model, cache, x, u, *how.values())
+    R = response.size(1)
+    assert torch.equal(longer[:, :R], response) and (longer[:, R:] == PAD).all()
+    close(their_chosen[:, :R], chosen, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", [{}, dict(temperature=0.7), dict(top_k=5), dict(temperature=0),

@@ -57,7 +57,8 @@ def updated(policy, rollout, cfg):
     value_head = nn.Linear(32, 1)
     optimizer = adamw(nn.ModuleList([policy, value_head]), 1e-2, eps=1e-5)
     advantages, returns = ppo.compute_advantages(rollout, cfg, 0.1)
-    metrics = ppo.update(policy, value_head, optimizer, rollout, advantages, returns, cfg, off)
+    learn = ppo.minibatch_step(policy, value_head, optimizer, cfg, off)
+    metrics = ppo.update(learn, rollout, advantages, returns, cfg)
     return metrics, optimizer.state[policy.wte.weight]["step"].item()
 
 
