@@ -31,7 +31,7 @@ def train_and_note(config, patch):
         return batch
 
     def log_and_note(self, **metrics):
-        losses.append(metrics.get("loss"))
+        losses.append(float(metrics["loss"]) if "loss" in metrics else None)
         log(self, **metrics)
 
     def finish_and_note(self):
