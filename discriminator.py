@@ -142,6 +142,7 @@ def load_discriminator(path, device="cpu"):
     discriminator = Discriminator(rebuild(checkpoint, path), checkpoint["lstm"],
                                   checkpoint["reads"])
     load_weights(discriminator, checkpoint["model"], path)
+    # gan.py compares it with that of G: ids of another tokenizer would be other words.
     discriminator.tokenizer_fingerprint = checkpoint["tokenizer_fingerprint"]
     return discriminator.to(device).eval()
 
@@ -161,6 +162,7 @@ def discriminator_loss(real, fake, label_smoothing=0.0):
 
 def accuracy_of(real, fake):
     """Mean of the fractions of reals and of fakes that are told right. logits (B,) -> a scalar"""
+    # A logit of 0 is undecided: it counts as "fake", so that D must be sure of a real.
     return ((real > 0).float().mean() + (fake <= 0).float().mean()) / 2
 
 
