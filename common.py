@@ -244,6 +244,8 @@ def setup(config):
     device = join_processes(device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+        if device.index is not None:
+            torch.cuda.set_device(device)
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")

@@ -25,8 +25,9 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, without=()):
     groups = [{"params": matrices, "weight_decay": weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     # On a GPU the rate is a number on the GPU, for a step that is recorded once (cuda_graph).
-    on_gpu = any(p.is_cuda for p in params)
-    lr = torch.tensor(lr, device="cuda") if on_gpu else lr
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(lr, device=device) if on_gpu else lr
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True, capturable=on_gpu)
 
 
