@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import PROMPT, RESPONSE, awake, close, toy
+from conftest import EOS, PROMPT, RESPONSE, awake, close, toy
 
 import optim
-from common import InputError, TrainOptions
+from common import InputError, TrainOptions, cuda_graph
 from lora import prepare
 from model import RewardModel, logprobs
 from optim import Muon, adamw, compile_step, optimizer_step, orthogonalize, set_lr
@@ -123,6 +123,45 @@ def test_a_step_clips_the_gradient_of_this_loss(grad_clip, expected):
     norm = optimizer_step(1000 * model.weight.sum(), model, optimizer, grad_clip)
     assert norm == pytest.approx(1000)              # before the clip
     assert before - model.weight.item() == pytest.approx(expected, rel=1e-4)
+
+# -----------------------------------------------------------------------------
+# recorded steps, on a GPU alone
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make_optimizer", [adamw, Muon])
+def test_recorded_steps_are_the_steps(make_optimizer):
+    """Batches of two shapes, a rate that changes, and samples between two steps."""
+    def train(record):
+        model = awake(toy()).cuda().train()
+        optimizer = make_optimizer(model, 1e-3)
+
+        def learn(prompt, response):
+            loss = -logprobs(model, prompt, response).mean()
+            return loss.detach(), optimizer_step(loss, model, optimizer, 1.0)
+
+        learn, losses = record(learn), []
+        rng = torch.Generator().manual_seed(0)
+        for step in range(14):
+            set_lr(optimizer, 1e-2, step, 14, 3)
+            prompt = torch.randint(0, EOS, (8, 4), generator=rng).cuda()
+            response = torch.randint(0, EOS, (8, 6 if step % 3 else 9), generator=rng).cuda()
+            losses.append(learn(prompt, response)[0].item())
+            model.generate(prompt, 5)
+        return losses, model.cpu().state_dict()
+
+    losses, weights = train(lambda learn: cuda_graph(learn, torch.device("cuda")))
+    expected_losses, expected_weights = train(lambda learn: learn)
+    assert losses == pytest.approx(expected_losses, abs=1e-4)
+    for name in weights:
+        close(weights[name], expected_weights[name], atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_asks_for_a_number_is_never_recorded():
+    seen = []
+    function = cuda_graph(lambda x: (seen.append(x.sum().item()), x + 1)[1], torch.device("cuda"))
+    results = [function(torch.full((2,), float(i), device="cuda")).sum().item() for i in range(6)]
+    assert seen == [0, 2, 4, 6, 8, 10] and results == [2, 4, 6, 8, 10, 12]
 
 # -----------------------------------------------------------------------------
 # compiled steps
