@@ -470,7 +470,10 @@ def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=No
     block_size, device = model.config.block_size, next(model.parameters()).device
     records = [{"prompt": prompt} for prompt in prompts]    # without a file to name
     encoded = encode_records(records, tok, ["prompt"], block_size, reserve=1)["prompt"]
-    batch_size = batch_size or (1024 if device.type == "cuda" else 256)
+    if batch_size is None:
+        # A GPU takes many at a time, as long as their logits fill no more than a gigabyte.
+        fits = 2 ** 28 // (model.config.vocab_size * max_new_tokens) or 1
+        batch_size = min(1024, fits) if device.type == "cuda" else 256
     for batch in progress_bar(encoded.split(batch_size), "samples"):
         room = block_size - trim(batch, tok.pad_token_id, "left").size(1)
         # A long prompt must not shorten the others' responses: then each is answered by itself.
