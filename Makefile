@@ -49,8 +49,8 @@ export PYTHONUTF8 := 1
 # that of palm and t5 in the large world.
 ifeq ($(SIZE),gpu)
   SFT    += --tokenizer puns_large --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 \
-            --corpus_size 1000000 --batch_size 256 --max_steps 6000 --lr 3e-3
-  REWARD += --batch_size 256 --lr 2e-4
+            --batch_size 512 --grad_accum 1 --max_steps 3000 --lr 3e-3
+  REWARD += --batch_size 256 --corpus_size 80000 --max_steps 300 --lr 2e-4
   DISC   += --batch_size 256 --lr 2e-4
   PPO    += --batch_size 1024 --minibatch_size 512 --lr 1e-4
   DPO    += --batch_size 256 --lr 1e-4

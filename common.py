@@ -298,8 +298,10 @@ def cuda_graph(function, device, n_eager=2):
         inputs = tree_map(torch.clone, arguments)           # where each replay finds its arguments
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=first_graph().pool())
-        outputs = function(*inputs)
-        graph.capture_end()
+        try:
+            outputs = function(*inputs)
+        finally:
+            graph.capture_end()     # or nothing could run on this GPU after an error
         return graph, tree_leaves(inputs), outputs
 
     def call(*arguments):

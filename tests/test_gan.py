@@ -156,6 +156,21 @@ def test_a_step_of_d_and_a_step_of_g_do_not_mix(estimator):
     assert after < discriminator.discriminator_loss(real, fake)
 
 
+def test_g_learns_from_all_responses_of_a_round(tmp_path, sft_ckpt, discs, monkeypatch):
+    """Where D is differentiated: each response is in one minibatch."""
+    seen, loss = [], gan.differentiable_loss
+
+    def note(policy, reference, disc, prompt, response, *rest):
+        seen.append(response)
+        return loss(policy, reference, disc, prompt, response, *rest)
+
+    monkeypatch.setattr(gan, "differentiable_loss", note)
+    run_of(tmp_path, sft_ckpt, discs, "gumbel", max_steps=1, sample_interval=1)
+    assert [len(response) for response in seen] == [16, 16]
+    texts = [tokenizer_of(load_model(sft_ckpt)).decode(row) for row in torch.cat(seen)]
+    assert texts == [row["text"] for row in read_jsonl(tmp_path / "samples.jsonl")]
+
+
 def test_d_sees_the_responses_of_a_round_in_turn():
     cfg = config(batch_size=8, d_batch_size=3)
     rows = [gan.rows_of_step(k, cfg).tolist() for k in range(3)]

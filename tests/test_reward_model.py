@@ -26,6 +26,7 @@ PAIR = ["chosen", "rejected"]
     (1.5, {"margin": 1.0}, .47408),                     # as with a gap of .5
     (1.5, {"centering": 0.01}, .20141 + .0225),         # .01 (1.5 + 0)^2
     (1.5, {"share": 0.8}, .50141),                      # .8 * .20141 + .2 * (.20141 + 1.5)
+    (1.5, {"share": 0.8, "margin": 1.0}, .57408),       # .8 * .47408 + .2 * (.47408 + .5)
     (0.1, {"share": 0.5}, .69440),                      # of a tie: least, ln 2, at a gap of 0
     (-200.0, {}, 200.0)])                               # where log(sigmoid(x)) would be -inf
 def test_bradley_terry_by_hand(gap, options, expected):
@@ -222,6 +223,19 @@ def test_options_of_the_loss_by_hand(tmp_path, sft_ckpt, tok):
     first, second = (run_of(tmp_path, sft_ckpt, rows, rows[:2], max_steps=1, margin=margin)[0][0]
                      for margin in (0.0, 9.0))
     assert first["loss"] == second["loss"]
+
+
+def test_texts_of_people_are_normalized_by_fewer_samples(tmp_path, sft_ckpt, monkeypatch):
+    respond, n_prompts = reward_model.respond, []
+
+    def note(model, tok, prompts, *rest):
+        n_prompts.append(len(prompts))
+        return respond(model, tok, prompts[:8], *rest)
+
+    monkeypatch.setattr(reward_model, "respond", note)
+    rows = rows_about(16, **GOOD)
+    run_of(tmp_path, sft_ckpt, rows, rows[:2], max_steps=1)
+    assert n_prompts == [400]
 
 
 def test_options_of_training(tmp_path, sft_ckpt):

@@ -91,6 +91,22 @@ def test_it_learns_and_says_how_well(tmp_path):
     assert "About cat:" in (tmp_path / "samples.txt").read_text(encoding="utf-8")
 
 
+def test_samples_are_as_long_as_the_texts(tmp_path, monkeypatch):
+    lengths, measure = [], sft.measure
+    monkeypatch.setattr(sft, "measure", lambda *args, max_new_tokens: lengths.append(
+        max_new_tokens) or measure(*args, max_new_tokens=max_new_tokens))
+    text = {"prompt": "About cat:", "completion": " x" * 35}       # 70 tokens, and the end token
+    data = records(tmp_path / "long.jsonl", [text, *texts_about(NAMES)])
+    run_of(tmp_path, "", block_size=96, data=data)
+    run_of(tmp_path, "")
+    assert lengths[0] > 60 and lengths[1] == 32
+
+
+def test_of_texts_without_a_judge_a_few_are_sampled(tmp_path):
+    run_of(tmp_path, "", val_data=records(tmp_path / "many.jsonl", VAL * 20))       # 80 of them
+    assert len(read_jsonl(tmp_path / "samples.jsonl")) == 64
+
+
 def test_what_is_logged_is_of_all_batches_of_a_step(tmp_path, sft_ckpt):
     """Two batches of 8 are one of 16: the mean over tokens, and over records."""
     weights = []
