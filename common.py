@@ -262,14 +262,16 @@ def make_rng(device, seed):
 # one. A CUDA graph launches all kernels of a step at once.
 
 @functools.cache
-def first_graph():
-    """A graph that stays alive, and with it the memory that it shares with all others: one place
-    for what they compute, since only one of them runs at a time."""
-    graph = torch.cuda.CUDAGraph()
-    graph.capture_begin()
-    torch.zeros(1, device="cuda")
-    graph.capture_end()
-    return graph
+def place_for_graphs(device):
+    """The stream that graphs run on, since nothing can be recorded on the default one, and the
+    memory where they compute. All share both, since only one of them runs at a time."""
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        torch.zeros(1, device=device)           # no kernel can be loaded while one is recorded
+        graph.capture_begin()
+        torch.zeros(1, device=device)
+        graph.capture_end()
+    return stream, graph            # the memory lasts as long as this first graph
 
 
 def cuda_graph(function, device, n_eager=2):
@@ -282,7 +284,7 @@ def cuda_graph(function, device, n_eager=2):
     on a GPU this is the function itself."""
     if device.type != "cuda" or world_size() > 1:
         return function
-    stream = torch.cuda.Stream()            # nothing can be recorded on the default stream
+    stream, first_graph = place_for_graphs(device)
     n_calls, graphs = collections.Counter(), {}             # of each set of shapes
 
     def run(arguments):
@@ -297,7 +299,7 @@ def cuda_graph(function, device, n_eager=2):
     def record(arguments):
         inputs = tree_map(torch.clone, arguments)           # where each replay finds its arguments
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=first_graph().pool())
+        graph.capture_begin(pool=first_graph.pool())
         try:
             outputs = function(*inputs)
         finally:
