@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Options, Run, command_line, cuda_graph, make_rng, setup
+from common import InputError, Options, Run, command_line, make_rng, setup
 from data import Batches, encode_records, longest, pad_right, read_records, respond, tokenizer_of
 from model import (
     DISCRIMINATOR,
@@ -40,7 +40,7 @@ from model import (
     rebuild,
     save_checkpoint,
 )
-from optim import adamw, optimizer_step, set_lr
+from optim import adamw, cuda_graph, optimizer_step, set_lr
 
 
 @dataclass(slots=True)

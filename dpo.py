@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Run, TrainOptions, command_line, cuda_graph, make_rng, setup
+from common import InputError, Run, TrainOptions, command_line, make_rng, setup
 from data import (
     Batches,
     encode_records,
@@ -50,7 +50,7 @@ from data import (
 )
 from lora import load_policy_and_reference, save_trained
 from model import load_reward_model, logprobs
-from optim import adamw, compile_step, optimizer_step, set_lr
+from optim import adamw, compile_step, cuda_graph, optimizer_step, set_lr
 
 
 @dataclass(slots=True)

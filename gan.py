@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import tyro
 
 import ppo
-from common import InputError, Options, Run, command_line, cuda_graph, make_rng, setup
+from common import InputError, Options, Run, command_line, make_rng, setup
 from data import Batches, encode_records, format_samples, prompt_batches, tokenizer_of
 from discriminator import (
     accuracy_of,
@@ -46,7 +46,7 @@ from discriminator import (
     states_for,
 )
 from model import load_model, save_model
-from optim import adamw, optimizer_step, set_lr
+from optim import adamw, cuda_graph, optimizer_step, set_lr
 
 
 @dataclass(slots=True)

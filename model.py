@@ -25,7 +25,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import InputError, atomic_write, cuda_graph, progress_bar
+from common import InputError, atomic_write, progress_bar
+from optim import cuda_graph
 
 
 @dataclass(slots=True)

@@ -1,17 +1,22 @@
 """
-Optimizers and learning-rate schedule: AdamW, Muon, and one optimizer step.
+Optimizers and learning-rate schedule: AdamW, Muon, one optimizer step, and how to make it fast.
 
     optimizer = Muon(model, lr)                                     or adamw(model, lr)
     set_lr(optimizer, lr, step, max_steps, warmup_steps)
     grad_norm = optimizer_step(loss, model, optimizer, grad_clip)
+    learn = cuda_graph(learn, device)                   a function that takes a whole step
 """
 
+import collections
+import functools
 import math
+import warnings
 
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from common import InputError, average_gradients, supports_bf16
+from common import InputError, average_gradients, supports_bf16, world_size
 
 
 def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, without=()):
@@ -145,5 +150,76 @@ def compile_step(function):
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"torch.compile does not work here ({reason}): leave --compile out, "
                              "or install a C++ compiler") from None
+
+    return call
+
+# -----------------------------------------------------------------------------
+# a GPU: small models keep it waiting, since Python needs longer to launch a kernel than it to run
+# one. A CUDA graph launches all kernels of a step at once.
+
+@functools.cache
+def place_for_graphs(device):
+    """The stream that graphs run on, since nothing can be recorded on the default one, and the
+    memory where they compute. All share both, since only one of them runs at a time."""
+    stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        torch.zeros(1, device=device)           # no kernel can be loaded while one is recorded
+        graph.capture_begin()
+        torch.zeros(1, device=device)
+        graph.capture_end()
+    return stream, graph            # the memory lasts as long as this first graph
+
+
+def cuda_graph(function, device, n_eager=2):
+    """The function, but on a GPU its kernels are recorded once and replayed from then on.
+
+    function: takes tensors, in lists or dicts if need be, and returns tensors. Whatever else it
+    reads or writes, such as weights and an optimizer's state, must stay at its place in memory.
+    For each set of shapes the first n_eager calls run as they are, the next one is recorded. A
+    function that asks for a number on the GPU, as print() does, is never recorded. Elsewhere than
+    on a GPU this is the function itself."""
+    if device.type != "cuda" or world_size() > 1:
+        return function
+    stream, first_graph = place_for_graphs(device)
+    n_calls, graphs = collections.Counter(), {}             # of each set of shapes
+
+    def run(arguments):
+        """Runs the function as it is. Returns (its outputs, whether it waited for the GPU)."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            outputs = function(*arguments)
+            torch.cuda.set_sync_debug_mode("default")
+        return outputs, any("called a synchronizing" in str(w.message) for w in caught)
+
+    def record(arguments):
+        inputs = tree_map(torch.clone, arguments)           # where each replay finds its arguments
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=first_graph.pool())
+        try:
+            outputs = function(*inputs)
+        finally:
+            graph.capture_end()     # or nothing could run on this GPU after an error
+        return graph, tree_leaves(inputs), outputs
+
+    def call(*arguments):
+        shapes = tuple(x.shape for x in tree_leaves(arguments))
+        n_calls[shapes] += 1
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            if n_calls[shapes] <= n_eager:
+                outputs, waits = run(arguments)
+                if waits:
+                    n_calls[shapes] = 0                     # the next call is the first one again
+            else:
+                if shapes not in graphs:
+                    graphs[shapes] = record(arguments)
+                graph, inputs, outputs = graphs[shapes]
+                for mine, x in zip(inputs, tree_leaves(arguments), strict=True):
+                    mine.copy_(x)
+                graph.replay()
+                outputs = tree_map(torch.clone, outputs)    # the next replay overwrites its own
+        torch.cuda.current_stream().wait_stream(stream)
+        return outputs
 
     return call

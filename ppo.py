@@ -34,20 +34,11 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import (
-    InputError,
-    Run,
-    TrainOptions,
-    agreed,
-    command_line,
-    cuda_graph,
-    make_rng,
-    setup,
-)
+from common import InputError, Run, TrainOptions, agreed, command_line, make_rng, setup
 from data import describe, format_samples, load_prompts, means, prompt_batches, tokenizer_of
 from lora import load_policy_and_reference, load_reward_adapter, save_trained
 from model import load_reward_model, logprobs, logprobs_from_logits
-from optim import adamw, optimizer_step, set_lr
+from optim import adamw, cuda_graph, optimizer_step, set_lr
 
 
 @dataclass(slots=True)
@@ -260,11 +251,9 @@ def describe_rollout(rollout, tok):
     k1, _, k3 = kl_estimates(rollout.logp, rollout.ref_logp)
     kl = (k1 * rollout.mask).sum(dim=1)                     # (B,) nats a response
     rows = describe(tok, rollout.prompt, rollout.response, kl, rollout.score)
-    metrics = means(rows)                                       # kl, score, and the judge's rates
+    metrics = means(rows)                           # kl, score, ended, and the judge's rates
     metrics["k3"] = (k3 * rollout.mask).sum(dim=1).mean().item()
     metrics["entropy"] = rollout.entropy
-    ended = (rollout.response == tok.eos_token_id).any(dim=1)                   # (B,)
-    metrics["ended"] = ended.float().mean().item()
     return metrics, rows
 
 

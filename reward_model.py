@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from common import InputError, Run, TrainOptions, command_line, cuda_graph, make_rng, setup
+from common import InputError, Run, TrainOptions, command_line, make_rng, setup
 from data import Batches, encode_records, longest, respond, tokenizer_of, train_and_val
 from lora import prepare, save_trained
 from model import RewardModel, load_model
-from optim import adamw, compile_step, optimizer_step, set_lr
+from optim import adamw, compile_step, cuda_graph, optimizer_step, set_lr
 
 
 @dataclass(slots=True)

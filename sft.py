@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 import tyro
 
-from common import InputError, Run, TrainOptions, command_line, cuda_graph, make_rng, setup
+from common import InputError, Run, TrainOptions, command_line, make_rng, setup
 from data import (
     Batches,
     encode_records,
@@ -38,7 +38,7 @@ from data import (
 )
 from lora import prepare, save_trained
 from model import ModelConfig, build_model, load_model, logprobs
-from optim import Muon, adamw, compile_step, optimizer_step, set_lr
+from optim import Muon, adamw, compile_step, cuda_graph, optimizer_step, set_lr
 
 
 @dataclass(slots=True)

@@ -20,9 +20,9 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo
-from common import Options, cuda_graph, make_rng, setup, supports_bf16
+from common import Options, make_rng, setup, supports_bf16
 from model import ModelConfig, RewardModel, build_model, logprobs
-from optim import Muon, adamw, optimizer_step
+from optim import Muon, adamw, cuda_graph, optimizer_step
 
 # (the model; texts to train on and tokens of each; prompts, tokens in, tokens out)
 CPU = [(dict(vocab_size=2048, n_layer=4, n_head=4, n_embd=128), (64, 32), (64, 8, 32)),

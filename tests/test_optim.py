@@ -8,10 +8,18 @@ import torch.nn as nn
 from conftest import EOS, PROMPT, RESPONSE, awake, close, toy
 
 import optim
-from common import InputError, TrainOptions, cuda_graph
+from common import InputError, TrainOptions
 from lora import prepare
 from model import RewardModel, logprobs
-from optim import Muon, adamw, compile_step, optimizer_step, orthogonalize, set_lr
+from optim import (
+    Muon,
+    adamw,
+    compile_step,
+    cuda_graph,
+    optimizer_step,
+    orthogonalize,
+    set_lr,
+)
 
 
 def test_adamw_decays_matrices_alone():
