@@ -243,6 +243,7 @@ def setup(config):
         torch.set_float32_matmul_precision("high")
         if device.index is not None:
             torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())      # the first, if not named
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -443,7 +444,7 @@ class Run:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
             changed = "data" if state["data"] != self.data else ""
             if state["config"] != self.config | self.used:
-                changed = "options"
+                changed = "options, or on another device"
             if not changed:
                 self._restore(state)
                 return

@@ -245,6 +245,15 @@ def train(config):
         return discriminator_step(discriminator, policy, d_optimizer, real, fake_prompt,
                                   fake_response, config, autocast)
 
+    def g_follows_d(prompt, response):
+        """A step of G where D is differentiated. Returns the norm of the gradient.
+
+        A function, so that nothing of its backward pass lasts until D's step is recorded."""
+        with autocast():
+            loss = differentiable_loss(policy, reference, discriminator, prompt, response, config,
+                                       rng)
+        return optimizer_step(loss, policy, optimizer, config.grad_clip)
+
     d_learns = cuda_graph(d_learns, device)                 # on a CPU it stays what it is
     g_learns = ppo.minibatch_step(policy, value_head, optimizer, config, autocast)
 
@@ -277,11 +286,7 @@ def train(config):
         elif is_g_turn:
             for start in range(0, config.batch_size, config.minibatch_size):
                 part = slice(start, start + config.minibatch_size)
-                with autocast():
-                    loss = differentiable_loss(policy, reference, discriminator,
-                                               rollout.prompt[part], rollout.response[part],
-                                               config, rng)
-                metrics["grad_norm"] = optimizer_step(loss, policy, optimizer, config.grad_clip)
+                metrics["grad_norm"] = g_follows_d(rollout.prompt[part], rollout.response[part])
         run.log(**metrics)
         if (step + 1) % config.sample_interval == 0 or is_last:
             run.write(format_samples(rows), rows)

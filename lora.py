@@ -189,7 +189,9 @@ class Recomputed:
         def contexts():     # the backward pass may run when another adapter is active
             return contextlib.nullcontext(), adapter(self.block, active)
 
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
+        # Dropout alone is random, and must drop the same again.
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts,
+                          preserve_rng_state=self.block.dropout.p > 0)
 
 
 def prepare(model, config, name):

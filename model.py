@@ -696,10 +696,11 @@ class KVCache:
 @torch.no_grad()
 def sample_responses(model, prompt, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0,
                      rng=None):
-    """Samples one response to each prompt (B, P). Rows that have ended are left out as we go.
+    """Samples one response to each prompt (B, P). On a CPU, rows that have ended are left out as
+    we go.
 
-    Returns response (B, R) with R <= max_new_tokens, and logprobs (B, R) of its tokens under
-    the distribution they were drawn from, 0 on pads. rng: a torch.Generator.
+    Returns response (B, R), R as the longest or on a GPU max_new_tokens, and logprobs (B, R) of
+    its tokens under the distribution they were drawn from, 0 on pads. rng: a torch.Generator.
     Raises InputError if prompt and response do not fit the model's block."""
     B, device = len(prompt), prompt.device
     cache = KVCache(prompt.size(1) + max_new_tokens)

@@ -32,7 +32,7 @@ def adamw(model, lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8, without=()):
     # On a GPU the rate is a number on the GPU, for a step that is recorded once (cuda_graph).
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
-    lr = torch.tensor(lr, device=device) if on_gpu else lr
+    lr = torch.tensor(float(lr), device=device) if on_gpu else lr
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True, capturable=on_gpu)
 
 
@@ -188,8 +188,10 @@ def cuda_graph(function, device, n_eager=2):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            outputs = function(*arguments)
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                outputs = function(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         return outputs, any("called a synchronizing" in str(w.message) for w in caught)
 
     def record(arguments):
@@ -205,7 +207,7 @@ def cuda_graph(function, device, n_eager=2):
     def call(*arguments):
         shapes = tuple(x.shape for x in tree_leaves(arguments))
         n_calls[shapes] += 1
-        stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             if n_calls[shapes] <= n_eager:
                 outputs, waits = run(arguments)
@@ -219,7 +221,7 @@ def cuda_graph(function, device, n_eager=2):
                     mine.copy_(x)
                 graph.replay()
                 outputs = tree_map(torch.clone, outputs)    # the next replay overwrites its own
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         return outputs
 
     return call
