@@ -301,6 +301,25 @@ def test_every_choice_of_an_option_runs(chain, tmp_path):
         assert all(weight.dtype == torch.float32 for weight in saved.values())  # also by autocast
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("module, changes", [
+    (sft, {}), (sft, dict(checkpointing=True)), (reward_model, {}), (discriminator, {}),
+    (discriminator, dict(reads="states", lstm=True)), (dpo, {}), (dpo, dict(loss="kto")),
+    (dpo, dict(online="reward_model", group_size=2)), (ppo, {}),
+    (ppo, dict(baseline="grpo", group_size=2)), *[(gan, dict(estimator=name)) for name in READS]])
+def test_a_gpu_repeats_the_steps_that_it_has_recorded(chain, tmp_path, module, changes):
+    """From the third batch of a shape on. Samples and evaluations stand between the steps."""
+    starts = starts_of(chain, READS.get(changes.get("estimator"), "discriminator"))
+    changes = {"device": "cuda", "dtype": "", "max_steps": 8, "eval_interval": 4} | changes
+    if "online" in changes:
+        changes["online"] = starts["reward"]
+    data = pairs(tmp_path) if module in (reward_model, dpo) and "online" not in changes else ""
+    module.train(tiny(module, tmp_path / "run", data=data, **starts, **changes))
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["step"] == 8
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
 @pytest.mark.parametrize("module", [sft, reward_model, dpo])
 def test_compile_changes_no_number(sft_ckpt, tmp_path, monkeypatch, module):
     """The step is traced, but no code is generated, since that takes a minute."""
