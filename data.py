@@ -472,7 +472,7 @@ def respond(model, tok, prompts, rng, autocast, max_new_tokens=32, batch_size=No
     encoded = encode_records(records, tok, ["prompt"], block_size, reserve=1)["prompt"]
     if batch_size is None:
         # A GPU takes many at a time, as long as their logits fill no more than a gigabyte.
-        fits = 2 ** 28 // (model.config.vocab_size * max_new_tokens) or 1
+        fits = max(1, 2 ** 28 // (model.config.vocab_size * max_new_tokens))
         batch_size = min(1024, fits) if device.type == "cuda" else 256
     for batch in progress_bar(encoded.split(batch_size), "samples"):
         room = block_size - trim(batch, tok.pad_token_id, "left").size(1)

@@ -242,6 +242,7 @@ def train(config):
         return generator_objective(discriminator(prompt, response, states), config.objective)
 
     def d_learns(real, fake_prompt, fake_response):
+        """A step of D, with all that stays the same from round to round filled in."""
         return discriminator_step(discriminator, policy, d_optimizer, real, fake_prompt,
                                   fake_response, config, autocast)
 

@@ -16,7 +16,7 @@ model learns in minutes on a CPU, and in lexicon/more/ another 61. The large wor
 
     python puns.py check             lists mistakes in the lexicon (file, line, reason)
     python puns.py sample --n 20     writes some puns
-    python puns.py judge "About a banker:" " Old bankers never die, they just lose interest."
+    python puns.py judge "About a banker:" " I used to be a banker, but then I lost interest."
 """
 
 import base64

@@ -174,8 +174,8 @@ def comparisons(puns, samples, n, seed):
                 finds at once what a model writes and no person does
     other       a pun on the word of the prompt, and a pun on another word: the word must be used
     swapped     a pun on the word, and a pun on another word with this one in its place: some
-                forms ("Old bankers never die, they just lose interest") are in puns alone, and
-                without these the form would be enough, whatever the word
+                forms ("Old bricks never die, they just drive people up the wall") are in puns
+                alone, and without these the form would be enough, whatever the word
 
     samples: {prompt: a completion}. If a source has too few, all of it is taken."""
     puns = inoffensive(puns)

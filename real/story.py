@@ -30,8 +30,8 @@ from reward_model import score_texts
 
 OPTIONS = ("max_steps", "batch_size", "lr", "kl_coef")          # of a stage, worth telling
 
-# What people have written again and again: "Old bankers never die, they just lose interest", and
-# Tom Swifties, "I have no flowers, said Tom lackadaisically".
+# What people have written again and again, each time with other words: "Old bricks never die, they
+# just drive people up the wall", and Tom Swifties, "The rope has come undone, said Tom loosely".
 TEMPLATES = {"Old X never die": r"\bnever die\b", "said Tom": r"\btom\b"}
 
 

@@ -50,7 +50,7 @@ def test_decode_stops_at_the_end_and_skips_pads(tok):
 def test_rebuilt_ranks_are_seen_and_models_of_the_old_ones_refused(tmp_path, monkeypatch, tok):
     model = toy()
     model.tokenizer, model.tokenizer_fingerprint = "puns", tok.fingerprint
-    assert tokenizer_of(model) is tok
+    assert tokenizer_of(model).fingerprint == tok.fingerprint
     monkeypatch.setitem(data.RANKS, "puns", tmp_path / "puns.tiktoken")
     for merge in (b"ab", b"ba"):
         tokens = [bytes([i]) for i in range(256)] + [merge]

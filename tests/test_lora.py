@@ -204,6 +204,17 @@ def test_policy_reference_and_reward_model(tmp_path, tok, rank):
 # -----------------------------------------------------------------------------
 # in the stages
 
+def test_checkpointing_drops_the_same_again():
+    gradients = []
+    for on in (False, True):
+        model = awake(toy(dropout=0.5)).train()
+        prepare(model, TrainOptions(checkpointing=on), "policy")
+        torch.manual_seed(1)
+        model(PROMPT, RESPONSE).square().mean().backward()
+        gradients.append(model.wte.weight.grad)
+    close(*gradients)
+
+
 @pytest.mark.parametrize("options", [dict(lora=2, checkpointing=True), dict(trainable="last:1")])
 @pytest.mark.parametrize("stage", [sft, dpo])
 def test_a_stage_trains_what_its_options_say(sft_ckpt, tmp_path, stage, options):

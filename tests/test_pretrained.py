@@ -61,7 +61,7 @@ def small_tokenizer(folder, vocab_size=40):
     trainer = tokenizers.trainers.UnigramTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>",
         show_progress=False)
-    tok.train_from_iterator(["I used to be a banker, but I lost interest."] * 9, trainer)
+    tok.train_from_iterator(["I used to be a sailor, but I sold the boat."] * 9, trainer)
     tok.post_processor = tokenizers.processors.TemplateProcessing(
         "$A </s>", special_tokens=[("</s>", END)])
     tok.save(str(folder / "tokenizer.json"))
@@ -146,7 +146,7 @@ def test_transformers_loads_an_export_and_so_do_we(variant, tmp_path, tok):
     exported = auto.from_pretrained(tmp_path / "out")
     their_tok = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     texts = ["About a banker:", "", "  x  ", " a <|pad|> b",
-             " I used to be a banker, but I lost interest.\n\n  \tIt's 1234 naïve 🙂 ½'s"]
+             " I used to be a sailor, but I sold the boat.\n\n  \tIt's 1234 naïve 🙂 ½'s"]
     for text in texts:
         if "pad" not in text:       # a special token of theirs
             assert their_tok(text, add_special_tokens=False).input_ids == tok.encode(text)
@@ -174,7 +174,7 @@ def test_it_goes_out_as_it_came_in(tmp_path, name):
     (tmp_path / "in" / "tokenizer.json").unlink()       # the checkpoint has its own copy
     model = load_model(tmp_path / "run" / "ckpt.pt")
     tok = tokenizer_of(model)
-    text = " I used to be a banker"
+    text = " I used to be a sailor"
     assert (tok.pad_token_id, tok.eos_token_id) == (model.pad_token_id, END) == (V, END)
     assert tok.decode([*tok.encode(text), tok.eos_token_id, tok.pad_token_id]) == text
     assert END not in tok.encode("a </s> b")
