@@ -30,6 +30,7 @@ import tyro
 
 from common import InputError, Options, Run, command_line, make_rng, setup
 from data import Batches, encode_records, longest, pad_right, read_records, respond, tokenizer_of
+from lora import freeze
 from model import (
     DISCRIMINATOR,
     GPTBlock,
@@ -205,7 +206,7 @@ def train(config):
     if config.reads not in ("tokens", "states"):
         raise InputError(f"--reads is tokens or states, not '{config.reads}'")
     device, autocast = setup(config)
-    generator = load_model(config.init, device)         # writes the fakes; it is not trained here
+    generator = freeze(load_model(config.init, device), config)     # writes the fakes
     tok, rng = tokenizer_of(generator), make_rng(device, config.seed)
     # Its own copy of the trunk, since it will change.
     discriminator = Discriminator(load_model(config.init), config.lstm, config.reads).to(device)

@@ -48,8 +48,8 @@ from data import (
     tokenizer_of,
     train_and_val,
 )
-from lora import load_policy_and_reference, save_trained
-from model import load_reward_model, logprobs
+from lora import load_frozen_reward_model, load_policy_and_reference, save_trained
+from model import logprobs
 from optim import adamw, compile_step, cuda_graph, optimizer_step, set_lr
 
 
@@ -406,7 +406,9 @@ def train(config):
     # In eval mode, like the reference: dropout would add noise to every log-ratio.
     policy, reference = load_policy_and_reference(config, device)
     tok = tokenizer_of(policy)
-    reward_model = load_reward_model(config.online, device, policy) if config.online else None
+    reward_model = None
+    if config.online:
+        reward_model = load_frozen_reward_model(config.online, policy, config)
     records, val_records, fields = load_records(config, tok)
     # The judge's verdicts need many samples; of other texts a few are read.
     n_samples = 64 if config.data else 512

@@ -45,6 +45,7 @@ from discriminator import (
     save_discriminator,
     states_for,
 )
+from lora import freeze
 from model import load_model, save_model
 from optim import adamw, cuda_graph, optimizer_step, set_lr
 
@@ -222,7 +223,7 @@ def train(config):
     device, autocast = setup(config)
     check_config(config)
     policy = load_model(config.init, device)
-    reference = load_model(config.init, device).requires_grad_(False)
+    reference = freeze(load_model(config.init, device), config)
     tok, rng = tokenizer_of(policy), make_rng(device, config.seed)
     discriminator = load_opponent(config, policy, device)
     value_head = nn.Linear(policy.config.n_embd, 1, device=device)

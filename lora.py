@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import InputError, atomic_write
+from common import InputError, atomic_write, pick_dtype
 from model import (
     GPTBlock,
     LanguageModel,
@@ -36,6 +36,7 @@ from model import (
     RewardModel,
     T5Block,
     load_model,
+    load_reward_model,
     load_weights,
     read_tensors,
     save_model,
@@ -102,8 +103,9 @@ def add_adapter(model, name, rank=8, alpha=16.0):
         if not isinstance(layer, LoRALinear):
             layer = LoRALinear(layer)
             trunk.set_submodule(path, layer)
-        a = layer.weight.new_empty(layer.in_features, rank)
-        b = layer.weight.new_zeros(rank, layer.out_features)
+        like = {"device": layer.weight.device, "dtype": torch.float32}      # it is trained
+        a = torch.empty(layer.in_features, rank, **like)
+        b = torch.zeros(rank, layer.out_features, **like)
         layer.lora_a[name] = nn.Parameter(nn.init.normal_(a, std=layer.in_features ** -0.5))
         layer.lora_b[name] = nn.Parameter(b)
         layer.scale[name] = alpha / rank
@@ -174,6 +176,22 @@ def train_only(model, what):
         parameter.requires_grad_(trained)
 
 
+def freeze(model, config):
+    """A model that is not trained: sets that, and returns the model.
+
+    Its linear layers get the dtype that the stage computes in, which is half the memory if that
+    is bfloat16. Autocast casts them to it at each use anyway, to the same numbers; embeddings and
+    norms it leaves in float32."""
+    model.requires_grad_(False)
+    dtype = getattr(torch, pick_dtype(config, next(model.parameters()).device))
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data = layer.weight.to(dtype)
+            if layer.bias is not None:
+                layer.bias.data = layer.bias.to(dtype)
+    return model
+
+
 class Recomputed:
     """The forward() of a block that keeps its inputs alone and runs again in the backward pass."""
 
@@ -200,7 +218,7 @@ def prepare(model, config, name):
         raise InputError(f"--lora {config.lora} trains an adapter alone: leave out --trainable")
     trunk, _ = trunk_of(model)
     if config.lora:
-        trunk.requires_grad_(False)
+        freeze(trunk, config)
         add_adapter(model, name, config.lora)
         set_active(model, name)
     else:
@@ -219,15 +237,15 @@ def load_policy_and_reference(config, device):
     prepare(policy, config, "policy")
     if config.lora:
         return policy, AdapterView(policy, None)
-    return policy, load_model(config.init, device).requires_grad_(False)
+    return policy, freeze(load_model(config.init, device), config)
 
 # -----------------------------------------------------------------------------
 # load and save
 
 def merged_weights(model, name):
     """The model's state_dict() with that adapter added to the weights, W + alpha / r A B, and
-    without the adapters themselves."""
-    weights = {key: w for key, w in model.state_dict().items() if ".lora_" not in key}
+    without the adapters themselves. All in float32."""
+    weights = {key: w.float() for key, w in model.state_dict().items() if ".lora_" not in key}
     for path, layer in model.named_modules():
         if isinstance(layer, LoRALinear) and name in layer.lora_a:
             update = layer.lora_a[name].detach() @ layer.lora_b[name].detach()
@@ -247,11 +265,13 @@ def save_trained(path, model, tok, **about):
 
 
 def fingerprint(trunk):
-    """A number that tells trunks apart: the CRC-32 of all weights that are no adapter's."""
+    """A number that tells trunks apart: the CRC-32 of all weights that are no adapter's, rounded
+    as in a trunk that freeze() keeps in bfloat16."""
     crc = 0
     for name, weight in trunk.state_dict().items():
         if ".lora_" not in name:
-            crc = zlib.crc32(weight.cpu().contiguous().numpy().tobytes(), crc)
+            rounded = weight.to("cpu", torch.bfloat16).contiguous()
+            crc = zlib.crc32(rounded.view(torch.int16).numpy(), crc)
     return crc
 
 
@@ -303,16 +323,15 @@ def load_adapter(path, model):
     return name
 
 
-def load_reward_adapter(path, policy, config):
-    """The reward model that reward_model.py --lora trained, on the policy's own trunk.
+def load_frozen_reward_model(path, policy, config):
+    """The reward model of a checkpoint, frozen, to score what the policy writes.
 
-    path: of its adapter.pt. Raises InputError if it is not there, or fits another trunk."""
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist: with --lora the reward model is an adapter on "
-                         "the policy's trunk; make it with: python reward_model.py "
-                         f"--lora {config.lora} --init {config.init}")
-    weights = read_adapter(path)["weights"]
-    reward_model = RewardModel(policy, "likelihood" in weights)
-    reward_model.to(next(policy.parameters()).device)
-    return AdapterView(reward_model, load_adapter(path, reward_model))
+    With --lora, if it was trained with --lora as well, it is an adapter on the policy's own trunk.
+    Raises what load_reward_model() raises, and InputError if that is not the trunk it was trained
+    on."""
+    adapter_path, device = Path(path).with_name("adapter.pt"), next(policy.parameters()).device
+    if not (config.lora and adapter_path.exists()):
+        return freeze(load_reward_model(path, device, policy), config)
+    weights = read_adapter(adapter_path)["weights"]
+    reward_model = RewardModel(policy, "likelihood" in weights).to(device)
+    return AdapterView(reward_model, load_adapter(adapter_path, reward_model))

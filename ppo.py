@@ -27,7 +27,6 @@ ever sees the judge.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -36,8 +35,8 @@ import tyro
 
 from common import InputError, Run, TrainOptions, agreed, command_line, make_rng, setup
 from data import describe, format_samples, load_prompts, means, prompt_batches, tokenizer_of
-from lora import load_policy_and_reference, load_reward_adapter, save_trained
-from model import load_reward_model, logprobs, logprobs_from_logits
+from lora import load_frozen_reward_model, load_policy_and_reference, save_trained
+from model import logprobs, logprobs_from_logits
 from optim import adamw, cuda_graph, optimizer_step, set_lr
 
 
@@ -332,10 +331,8 @@ def check_config(config):
 
 def make_score_fn(config, policy, tok, reward_fn, device):
     """score_fn(prompt, response) -> (B,): the reward model, or the user's reward_fn on strings."""
-    if reward_fn is None and config.lora:
-        return load_reward_adapter(Path(config.reward).with_name("adapter.pt"), policy, config)
     if reward_fn is None:
-        return load_reward_model(config.reward, device, policy)
+        return load_frozen_reward_model(config.reward, policy, config)
 
     def score_fn(prompt, response):
         prompts = [tok.decode(row) for row in prompt]                   # strings

@@ -230,7 +230,7 @@ def test_online_dpo_learns_what_the_reward_model_likes(tmp_path, sft_ckpt, monke
     def reward(prompt, response):
         return -(response != tok.pad_token_id).sum(dim=1).float()
 
-    monkeypatch.setattr(dpo, "load_reward_model", lambda path, device, policy: reward)
+    monkeypatch.setattr(dpo, "load_frozen_reward_model", lambda *args: reward)
     prompts = [{"prompt": f"About a {thing}:"} for thing in THINGS]
     rows = run_of(tmp_path, sft_ckpt, data=records(tmp_path / "prompts.jsonl", prompts),
                   val_data="", online="short.pt", max_new_tokens=12, max_steps=16,

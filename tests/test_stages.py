@@ -289,8 +289,10 @@ def test_every_choice_of_an_option_runs(chain, tmp_path):
     """Two steps of each way that no other test takes through train()."""
     losses = [(dpo, dict(loss=loss)) for loss in dpo.LOSSES if loss != "dpo"]
     choices = [*losses, (sft, dict(arch="palm")), (sft, dict(arch="t5")),
-               (gan, dict(baseline="grpo", group_size=2)), (discriminator, dict(dtype="bfloat16")),
-               (dpo, dict(dtype="bfloat16", checkpointing=True))]
+               (gan, dict(baseline="grpo", group_size=2)), (ppo, dict(lora=2)),
+               *[(module, dict(dtype="bfloat16")) for module in (discriminator, ppo)],
+               *[(module, dict(dtype="bfloat16", lora=2, checkpointing=True))
+                 for module in (sft, reward_model, dpo, ppo)]]
     starts = starts_of(chain)
     for i, (module, changes) in enumerate(choices):
         data = pairs(tmp_path) if module is dpo else ""
