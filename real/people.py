@@ -326,9 +326,15 @@ def by_prompt(rows, values):
 
 
 def describe_policy(rows, baseline, overlap):
-    """One row of the table: a policy's samples, beside the SFT model's to the same prompts."""
-    wins = [(row["gold"] > other["gold"]) + (row["gold"] == other["gold"]) / 2
-            for row, other in zip(rows, baseline, strict=True)]
+    """One row of the table: a policy's samples, each beside all of the SFT model's to its prompt,
+    since against one draw alone the noise of that draw is in every win rate."""
+    others = collections.defaultdict(list)                  # {prompt: gold of the SFT model's}
+    for other in baseline:
+        others[other["prompt"]].append(other["gold"])
+    wins = []
+    for row in rows:
+        gold = others[row["prompt"]]
+        wins.append(sum((row["gold"] > g) + (row["gold"] == g) / 2 for g in gold) / len(gold))
     win_rates = by_prompt(rows, wins)
     gold = by_prompt(rows, [row["gold"] for row in rows])
     texts = [row["text"] for row in rows]
@@ -359,16 +365,16 @@ def evaluate_policies(config, judges, overlap, autocast):
     for name in ("unseen", "trained"):
         prompts = [row["prompt"] for row in read_jsonl(folder / "data" / f"{name}_prompts.jsonl")]
         # What all policies are compared with; the row "sft" is another draw.
-        baseline = draw(sft, prompts, config.samples, config.seed + 1)
-        many = draw(sft, prompts, config.best_of, config.seed + 2)
+        many = draw(sft, prompts, config.best_of, config.seed + 1)
         groups = [many[i:i + config.best_of] for i in range(0, len(many), config.best_of)]
         drawn = {path.parent.name: draw(path, prompts, config.samples, config.seed)
                  for path in policies}
-        tables[name] = {policy: describe_policy(rows, baseline, overlap)
+        tables[name] = {policy: describe_policy(rows, many, overlap)
                         for policy, rows in drawn.items()}
         drawn["best"] = best_of(groups, config.best_of)
+        # Not with the draws that it was picked from.
         tables[name][f"best of {config.best_of}"] = describe_policy(
-            drawn["best"], baseline[::config.samples], overlap)
+            drawn["best"], drawn[sft.parent.name], overlap)
         samples += [{"policy": policy, "words": name} | row
                     for policy, rows in drawn.items() for row in rows]
         print(table(f"{name} words", tables[name]), flush=True)

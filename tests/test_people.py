@@ -157,8 +157,8 @@ def test_a_row_of_the_table_by_hand():
     baseline = [row("sole", "", 2.0), row("sole", "", 1.0), row("jam", "", 0.0),
                 row("jam", "", 9.0)]
     result = people.describe_policy(rows, baseline, people.overlap_with(["A fish."]))
-    # By prompt: (1 + .5) / 2 and (1 + 0) / 2; the interval is that of these two means.
-    assert result["win rate"] == 0.625 and result["win rate ±"] == pytest.approx(1.96 * 0.125)
+    # Each text beside both of its prompt: 1, 1; 0, .5; and for jam 1, 0 twice. By prompt: .625, .5.
+    assert result["win rate"] == 0.5625 and result["win rate ±"] == pytest.approx(1.96 * 0.0625)
     assert result["gold"] == 3.5 and result["proxy"] == 4.5 and result["kl"] == 2
     assert result["uses the word"] == 0.25              # "Jammed" is not "jam"
     assert result["distinct"] == 0.75 and result["copied"] == 0.25 and result["words"] == 2
