@@ -333,8 +333,9 @@ def describe_policy(rows, baseline, overlap):
         others[other["prompt"]].append(other["gold"])
     wins = []
     for row in rows:
-        gold = others[row["prompt"]]
-        wins.append(sum((row["gold"] > g) + (row["gold"] == g) / 2 for g in gold) / len(gold))
+        theirs = others[row["prompt"]]
+        won = sum((row["gold"] > gold) + (row["gold"] == gold) / 2 for gold in theirs)
+        wins.append(won / len(theirs))
     win_rates = by_prompt(rows, wins)
     gold = by_prompt(rows, [row["gold"] for row in rows])
     texts = [row["text"] for row in rows]

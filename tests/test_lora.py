@@ -218,6 +218,7 @@ def test_policy_reference_and_reward_model(tmp_path, tok, rank):
     policy, reference = lora.load_policy_and_reference(config, "cpu")
     if rank:
         hydra = lora.load_frozen_reward_model(path.with_name("ckpt.pt"), policy, config)
+        assert isinstance(hydra, lora.AdapterView)          # no second trunk
         assert all(name.endswith(".policy") for name in trained(policy))
     before = output(load_model(init))
     optimizer_step(logprobs(policy, PROMPT, RESPONSE).sum(), policy, adamw(policy, 0.1), 0.0)
@@ -227,6 +228,21 @@ def test_policy_reference_and_reward_model(tmp_path, tok, rank):
         close(hydra(PROMPT, RESPONSE), reward_model(PROMPT, RESPONSE), atol=1e-4)
     else:
         assert not trained(reference)
+
+
+def test_what_is_not_trained_is_kept_in_the_dtype_of_the_stage(tmp_path, tok):
+    init, path = tmp_path / "sft" / "ckpt.pt", tmp_path / "reward_model" / "ckpt.pt"
+    save_model(init, toy(), tok)
+    save_model(path, RewardModel(toy()), tok)
+    for rank in (0, 4):
+        config = tiny(dpo, tmp_path, init, lora=rank, dtype="bfloat16")
+        policy, reference = lora.load_policy_and_reference(config, "cpu")
+        reward_model = lora.load_frozen_reward_model(path, policy, config)
+        assert not trained(reward_model)
+        dtypes = [m.h[0].mlp.c_fc.weight.dtype
+                  for m in (policy, getattr(reference, "model", reference), reward_model.model)]
+        half = torch.bfloat16
+        assert dtypes == [half if rank else torch.float32, half, half]
 
 # -----------------------------------------------------------------------------
 # in the stages
