@@ -145,8 +145,8 @@ def write_data(config):
 # comparisons
 
 # Which fraction of the comparisons comes from where.
-SOURCES = {"rated": 0.2, "detected": 0.22, "minimal": 0.08, "sampled": 0.26, "other": 0.08,
-           "swapped": 0.16}
+SOURCES = {"rated": 0.2, "detected": 0.22, "minimal": 0.08, "sampled": 0.2, "other": 0.08,
+           "swapped": 0.14, "used": 0.08}
 
 
 def partners(puns, seed):
@@ -164,8 +164,14 @@ def partners(puns, seed):
                 yield pun, rng.choice(others)
 
 
+def uses_word(prompt, text):
+    """Whether the text has the word of the prompt, as it stands there."""
+    word = re.search(r'"(.*)"', prompt)[1]
+    return re.search(rf"\b{re.escape(word)}\b", text.lower()) is not None
+
+
 def comparisons(puns, samples, n, seed):
-    """About n comparisons of texts, from six sources:
+    """About n comparisons of texts, from seven sources:
 
     rated       two texts that the same raters judged, the funnier one first
     detected    a pun, and a text of its length that is not a pun
@@ -176,8 +182,10 @@ def comparisons(puns, samples, n, seed):
     swapped     a pun on the word, and a pun on another word with this one in its place: some
                 forms ("Old bricks never die, they just drive people up the wall") are in puns
                 alone, and without these the form would be enough, whatever the word
+    used        two texts of the SFT model to the same prompt, the one that uses the word as it
+                stands first; without these, "sealed" is as good as "seal"
 
-    samples: {prompt: a completion}. If a source has too few, all of it is taken."""
+    samples: {prompt: completions}. If a source has too few, all of it is taken."""
     puns = inoffensive(puns)
     pairs = {source: [] for source in SOURCES}
     for a, b, margin, share in rated_pairs(puns, 0.4):
@@ -188,8 +196,14 @@ def comparisons(puns, samples, n, seed):
         prompt = word_prompt(pun.pun_word)
         if depun(pun) not in ("", pun.text):
             pairs["minimal"].append((prompt, pun.text, depun(pun), 1.0, 1.0))
-        if prompt in samples and samples[prompt].strip() not in ("", pun.text):
-            pairs["sampled"].append((prompt, pun.text, samples[prompt].strip(), 1.0, 1.0))
+        written = [text.strip() for text in samples.get(prompt, ())]
+        if written and written[0] not in ("", pun.text):
+            pairs["sampled"].append((prompt, pun.text, written[0], 1.0, 1.0))
+    for prompt, written in samples.items():
+        written = [text.strip() for text in written if text.strip()]
+        using = [text for text in written if uses_word(prompt, text)]
+        others = [text for text in written if not uses_word(prompt, text)]
+        pairs["used"] += [(prompt, a, b, 1.0, 1.0) for a in using for b in others]
     for pun, other in partners(puns, seed):
         swapped = put_word(other, pun.pun_word.lower())
         for source, text in (("other", other.text), ("swapped", swapped)):
@@ -205,13 +219,14 @@ def comparisons(puns, samples, n, seed):
 
 
 def sample_sft(config, puns, seed):
-    """{prompt: one completion of the SFT model} for the pun word of every pun."""
+    """{prompt: two completions of the SFT model} for the pun word of every pun."""
     device, autocast = setup(config)
     model = load_model(Path(config.out_dir, "sft", "ckpt.pt"), device)
     prompts = list(dict.fromkeys(record["prompt"] for record in completions(puns)))
-    texts = complete(model, tokenizer_of(model), prompts, make_rng(device, seed), autocast,
+    texts = complete(model, tokenizer_of(model), prompts * 2, make_rng(device, seed), autocast,
                      max_new_tokens=MAX_NEW_TOKENS)
-    return dict(zip(prompts, texts, strict=True))
+    first, second = texts[:len(prompts)], texts[len(prompts):]
+    return dict(zip(prompts, zip(first, second, strict=True), strict=True))
 
 
 def write_pairs(config):
@@ -297,11 +312,6 @@ def overlap_with(training):
     return overlap
 
 
-def uses_word(row):
-    word = re.search(r'"(.*)"', row["prompt"])[1]
-    return re.search(rf"\b{re.escape(word)}\b", row["text"].lower()) is not None
-
-
 def draw_samples(path, prompts, judges, config, autocast):
     """Samples of a policy to the prompts, with kl, the proxy's score, and gold, the judge's.
 
@@ -346,7 +356,7 @@ def describe_policy(rows, baseline, overlap):
     return {"win rate": sum(win_rates) / len(win_rates), "win rate ±": interval(win_rates),
             "gold": sum(gold) / len(gold), "gold ±": interval(gold),
             "proxy": mean(row["score"] for row in rows), "kl": mean(row["kl"] for row in rows),
-            "uses the word": mean(uses_word(row) for row in rows),
+            "uses the word": mean(uses_word(row["prompt"], row["text"]) for row in rows),
             "distinct": len(set(texts)) / len(texts), "self-BLEU": self_bleu(texts),
             "copied": mean(overlap(text) >= COPIED for text in texts),
             "words": mean(len(text.split()) for text in texts)}

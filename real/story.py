@@ -43,7 +43,8 @@ def traits(row):
     """{trait: number} of a text and its prompt: the number of words, and 1 or 0 for the others."""
     word = re.search(r'"(.*)"', row["prompt"])[1]
     at_end = re.search(rf"\b{re.escape(word.lower())}\W*$", row["text"].lower()) is not None
-    found = {"words": len(row["text"].split()), "uses the word": int(uses_word(row)),
+    found = {"words": len(row["text"].split()),
+             "uses the word": int(uses_word(row["prompt"], row["text"])),
              "ends with the word": int(at_end)}
     return found | {template: int(has(template, row["text"])) for template in TEMPLATES}
 

@@ -87,7 +87,10 @@ def test_comparisons_by_hand():
     puns += [pun("e", sole, word="Ole", alt="", lemma="ole"),
              pun("f", "Nobody at his age reads maps anymore, I am afraid.", word="maps", alt="",
                  lemma="map")]
-    records = people.comparisons(puns, {prompt: " I knead you. "}, 1000, 0)
+    # An empty text loses to nothing.
+    samples = {prompt: (" I knead you. ", "She kneaded it."),
+               people.word_prompt("ole"): ("", "Ole!")}
+    records = people.comparisons(puns, samples, 1000, 0)
     found = {(r["source"], r["prompt"], r["chosen"], r["rejected"], r["margin"], r["share"])
              for r in records}
     chosen = " Bakers knead dough."
@@ -96,6 +99,7 @@ def test_comparisons_by_hand():
                      ("detected", PROMPT, chosen, " Nor one here.", 1.0, 1.0),
                      ("minimal", prompt, chosen, " Bakers need dough.", 1.0, 1.0),
                      ("sampled", prompt, chosen, " I knead you.", 1.0, 1.0),
+                     ("used", prompt, " I knead you.", " She kneaded it.", 1.0, 1.0),
                      ("other", prompt, chosen, f" {sole}", 1.0, 1.0),
                      ("other", people.word_prompt("ole"), f" {sole}", chosen, 1.0, 1.0),
                      ("swapped", prompt, chosen, f" {sole[:-7]}a Knead.", 1.0, 1.0),
