@@ -263,6 +263,29 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
         name: len(points) for name, points in report["curves"].items()}
 
 
+def test_no_text_is_compared_with_the_draws_that_it_was_picked_from(tmp_path, monkeypatch):
+    """The draws that the best are picked from have gold 5, the row "sft" 1, and PPO 3: the best win
+    over the row "sft", which loses to the draws, as PPO does."""
+    def draw(path, prompts, judges, config, autocast):
+        level = {("sft", 1): 5.0, ("sft", 0): 1.0, ("ppo", 0): 3.0}[path.parent.name, config.seed]
+        return [{"prompt": prompt, "text": f"Text {i}.", "gold": level, "score": i, "kl": 0.0}
+                for i, prompt in enumerate(prompts)]
+
+    monkeypatch.setattr(people, "draw_samples", draw)
+    monkeypatch.setattr(people, "find_policies", lambda folder: [
+        folder / name / "ckpt.pt" for name in ("sft", "ppo", "pretrained")])
+    for name in ("unseen", "trained"):
+        write_jsonl(tmp_path / "data" / f"{name}_prompts.jsonl",
+                    [{"prompt": people.word_prompt(word)} for word in ("jam", "sole")])
+    config = people.Config(out_dir=str(tmp_path), seed=0, samples=1, best_of=4)
+    tables, samples = people.evaluate_policies(config, None, lambda text: 0.0, off)
+    for rows in tables.values():
+        assert {name: row["win rate"] for name, row in rows.items()} == {
+            "sft": 0, "ppo": 0, "best of 4": 1}
+    best = [row for row in samples if row["policy"] == "best" and row["words"] == "unseen"]
+    assert [row["text"] for row in best] == ["Text 3.", "Text 7."]      # the best of each word's
+
+
 def test_each_judge_has_a_column_of_its_own(sft_ckpt):
     """score is the proxy's, gold the judge's, and kl is measured to the SFT model."""
     proxy, gold = (RewardModel(load_model(sft_ckpt)).eval() for _ in range(2))
