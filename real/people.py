@@ -255,6 +255,12 @@ def auc(positives, negatives):
     return (above + ties / 2).item()
 
 
+# {source: column of the table}: how often a reward model orders its comparisons right.
+OF_SOURCES = {"minimal": "pun over minimal pair", "sampled": "pun over a sample",
+              "other": "pun over another word's", "swapped": "pun over word put in",
+              "used": "word used over not"}
+
+
 def measure_judge(reward_model, puns, pairs, autocast):
     """{measure: value} of a reward model on texts and comparisons that it has not seen."""
     tok = tokenizer_of(reward_model.model)
@@ -266,8 +272,10 @@ def measure_judge(reward_model, puns, pairs, autocast):
     for margin in (0.4, 1.0):
         right = [score[a.text] > score[b.text] for a, b, *_ in rated_pairs(puns, margin)]
         row[f"raters, margin {margin}"] = sum(right) / max(len(right), 1)
-    for source, name in (("minimal", "pun over minimal pair"), ("sampled", "pun over a sample")):
+    for source, name in OF_SOURCES.items():
         of_source = [pair for pair in pairs if pair["source"] == source]
+        if not of_source:
+            continue
         prompts = [pair["prompt"] for pair in of_source]
         chosen = [pair["chosen"] for pair in of_source]
         rejected = [pair["rejected"] for pair in of_source]

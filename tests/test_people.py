@@ -138,6 +138,7 @@ def test_a_judge_is_measured_by_hand(monkeypatch):
     assert row["pun or not, AUC"] == 0                              # c is the longest
     assert row["raters, margin 0.4"] == pytest.approx(1 / 3)        # a b, but not a c and b c
     assert row["pun over minimal pair"] == 1 and row["pun over a sample"] == 0
+    assert "word used over not" not in row                          # there is no such pair
 
 
 def test_overlap_by_hand():
