@@ -108,6 +108,18 @@ def test_comparisons_by_hand():
     assert sum(people.SOURCES.values()) == pytest.approx(1)
 
 
+def test_each_prompt_has_two_completions_of_its_own(tmp_path, sft_ckpt, monkeypatch):
+    def write(model, tok, prompts, *rest, **sampling):
+        return [f"{prompt} {i}" for i, prompt in enumerate(prompts)]
+
+    monkeypatch.setattr(people, "complete", write)
+    monkeypatch.setattr(people, "load_model", lambda path, device: load_model(sft_ckpt))
+    puns = [pun("a"), pun("b", "A fish has a sole.", word="sole")]
+    knead, sole = people.word_prompt("knead"), people.word_prompt("sole")
+    assert people.sample_sft(people.Config(out_dir=str(tmp_path), **CPU), puns, 0) == {
+        knead: (f"{knead} 0", f"{knead} 2"), sole: (f"{sole} 1", f"{sole} 3")}
+
+
 def test_a_partner_has_another_word():
     """Of puns on one word, and of those with the word in the text, none is a partner."""
     puns = [pun("a"), pun("b", "I knead you."), pun("c", "A Knead to iron.", word="iron")]
@@ -133,11 +145,14 @@ def test_a_judge_is_measured_by_hand(monkeypatch):
             pun("b", "Two.", word="Two", ratings=(3, 3), **full),
             plain("c", "No pun at all.", ratings=(0, 0), **full)]
     pairs = [{"source": "minimal", "prompt": "", "chosen": "longer", "rejected": "short"},
-             {"source": "sampled", "prompt": "", "chosen": "short", "rejected": "longer"}]
+             {"source": "sampled", "prompt": "", "chosen": "short", "rejected": "longer"},
+             {"source": "other", "prompt": "", "chosen": "longer", "rejected": "short"},
+             {"source": "swapped", "prompt": "", "chosen": "short", "rejected": "longer"}]
     row = people.measure_judge(SimpleNamespace(model=None), puns, pairs, off)
     assert row["pun or not, AUC"] == 0                              # c is the longest
     assert row["raters, margin 0.4"] == pytest.approx(1 / 3)        # a b, but not a c and b c
     assert row["pun over minimal pair"] == 1 and row["pun over a sample"] == 0
+    assert row["pun over another word's"] == 1 and row["pun over word put in"] == 0
     assert "word used over not" not in row                          # there is no such pair
 
 
