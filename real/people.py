@@ -48,6 +48,7 @@ from real.corpora import load
 from real.duplicates import group_records, words_of
 from real.semeval import (
     PROMPT,
+    asked_word,
     depun,
     detection_pairs,
     put_word,
@@ -166,8 +167,7 @@ def partners(puns, seed):
 
 def uses_word(prompt, text):
     """Whether the text has the word of the prompt, as it stands there."""
-    word = re.search(r'"(.*)"', prompt)[1]
-    return re.search(rf"\b{re.escape(word)}\b", text.lower()) is not None
+    return re.search(rf"\b{re.escape(asked_word(prompt))}\b", text.lower()) is not None
 
 
 def comparisons(puns, samples, n, seed):

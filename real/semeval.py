@@ -243,6 +243,11 @@ def word_prompt(word):
     return f'A pun with the word "{word.lower()}":'
 
 
+def asked_word(prompt):
+    """The word that a prompt of word_prompt() asks for."""
+    return re.search(r'"(.*)"', prompt)[1]
+
+
 def records_of(puns, shape):
     """(records of a shape, {reason: ids} of the puns that were left out).
 

@@ -25,7 +25,7 @@ from evaluate import self_bleu, write_text
 from model import load_reward_model
 from real.label import key_of
 from real.people import COPIED, Config, load_puns, overlap_with, parts_of, uses_word
-from real.semeval import PROMPT
+from real.semeval import PROMPT, asked_word
 from reward_model import score_texts
 
 OPTIONS = ("max_steps", "batch_size", "lr", "kl_coef")          # of a stage, worth telling
@@ -41,8 +41,8 @@ def has(template, text):
 
 def traits(row):
     """{trait: number} of a text and its prompt: the number of words, and 1 or 0 for the others."""
-    word = re.search(r'"(.*)"', row["prompt"])[1]
-    at_end = re.search(rf"\b{re.escape(word.lower())}\W*$", row["text"].lower()) is not None
+    word = re.escape(asked_word(row["prompt"]))
+    at_end = re.search(rf"\b{word}\W*$", row["text"].lower()) is not None
     found = {"words": len(row["text"].split()),
              "uses the word": int(uses_word(row["prompt"], row["text"])),
              "ends with the word": int(at_end)}
