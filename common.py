@@ -4,7 +4,7 @@ The plumbing that every stage shares: options, errors, progress, processes, and 
 A run writes runs/<stage>/ and nothing else:
     config.json      the options it ran with
     metrics.jsonl    one row a log line
-    samples.txt      what the model wrote as training went on: a few lines a time
+    samples.txt      what the model wrote as training went on: a few lines at a time
     samples.jsonl    all of it, with its numbers
     curves.png       the metrics, drawn
     state.pt         while it trains: everything needed to resume after a stop

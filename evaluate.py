@@ -1,8 +1,8 @@
 """
 Stage 4, evaluation: all policies side by side, on the same prompts, at the same temperature.
 
-Rows: the SFT policy; best of n by the reward model (the baseline for all training, since it needs
-none); every policy with a checkpoint in runs/. Columns, with 95 % intervals over completions:
+Rows: the SFT policy; best of n by the reward model (the baseline for all training, since it trains
+no policy); every policy with a checkpoint in runs/. Columns, with 95 % intervals over completions:
 
     pun, on topic, fluent   the judge's verdicts, in % (gold: no training has seen the judge)
     kl          nats a response: mean of log pi - log pi_sft on samples of pi

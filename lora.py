@@ -193,7 +193,7 @@ def freeze(model, config):
 
 
 class Recomputed:
-    """The forward() of a block that keeps its inputs alone and runs again in the backward pass."""
+    """The forward() of a block that keeps only its inputs and runs again in the backward pass."""
 
     def __init__(self, block):
         self.block = block

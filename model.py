@@ -358,8 +358,8 @@ class PaLM(DecoderOnly):
 # (https://arxiv.org/abs/2305.13245). SmolLM2 is one; so is Qwen2, with biases on q, k, and v.
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention: as many query heads share a key head and a value head as there are
-    in a group, so the cache is that much smaller. Rotary positions, as PaLM's."""
+    """Grouped-query attention: the nh / G query heads of a group share one key head and one value
+    head, so the cache is nh / G times smaller. Rotary positions, as PaLM's."""
 
     def __init__(self, config):
         super().__init__()

@@ -154,8 +154,8 @@ def compile_step(function):
     return call
 
 # -----------------------------------------------------------------------------
-# a GPU: small models keep it waiting, since Python needs longer to launch a kernel than it to run
-# one. A CUDA graph launches all kernels of a step at once.
+# a GPU: small models keep it waiting, since Python takes longer to launch a kernel than the GPU
+# takes to run it. A CUDA graph launches all kernels of a step at once.
 
 @functools.cache
 def place_for_graphs(device):

@@ -16,9 +16,9 @@ The critic is a linear head on the policy's own trunk, so one forward pass serve
 no entropy bonus, and no dropout. With --lora the policy, the reference, and the reward model are
 adapters on one frozen trunk (lora.py).
 
-What to look at: a ratio of 1.000 in the first minibatch (asserted), score up, kl slowly up, and
-the samples: reward hacking also raises the score. In the pun world the judge shows it; no loss
-ever sees the judge.
+What to look at: a ratio of 1.000 in the first minibatch (asserted), score up, kl up and then
+slowly down, and the samples: reward hacking also raises the score. In the pun world the judge
+shows it; no loss ever sees the judge.
 
     python ppo.py                                  against runs/reward_model
     python ppo.py --baseline rloo --group_size 4   no critic: four responses a prompt

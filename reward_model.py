@@ -239,7 +239,7 @@ def train(config):
     val_encoded = encode_comparisons(val_records, tok, fields, block_size)
     batches = Batches(encoded, config.batch_size, tok.pad_token_id, device, config.seed,
                       few_shapes=config.compile)
-    # Of the held-out records a batch of one would do: in_order() has a size of its own.
+    # The batch size, 1, does not matter: in_order() has a size of its own.
     val = Batches(val_encoded, 1, tok.pad_token_id, device, 0)
     n_parameters = sum(p.numel() for p in reward_model.parameters())
     print(f"reward_model: {n_parameters / 1e6:.2f} M parameters, {len(records)} records of "

@@ -76,7 +76,7 @@ class Config(TrainOptions):
 
 # 4,000 steps of 128 records read each record of the pun world once.
 FROM_SCRATCH = dict(corpus_size=512_000, batch_size=64, grad_accum=2, lr=6e-3)
-# Trained weights need little, and more of it would destroy what they know.
+# Trained weights need few, small steps: more training would destroy what they know.
 FINE_TUNING = dict(corpus_size=20_000, batch_size=32, grad_accum=1, lr=1e-4)
 
 
