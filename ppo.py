@@ -55,8 +55,8 @@ class Config(TrainOptions):
     kl_coef: float = 0.25       # weight of the KL penalty
     missing_eos_penalty: float = 1.0    # subtracted from the score of a response that never ends
     baseline: str = "critic"    # critic (GAE); without a critic: rloo, grpo or dr_grpo
-    group_size: int = 1         # responses a prompt; all but critic need at least 2
-    gamma: float = 1.0          # discount a token
+    group_size: int = 1         # responses per prompt; all but critic need at least 2
+    gamma: float = 1.0          # discount per token
     lam: float = 0.95           # GAE's lambda
     loss: str = "ppo"           # ppo, gspo or cispo; see policy_loss()
     clip_range: float = 0.2     # of the ratio, and of the change of a value
@@ -296,7 +296,7 @@ def update(learn, rollout, advantages, returns, config):
     first_ratio is the largest |ratio - 1| before the first step: it must be 0, or the policy that
     is updated is not the one that wrote the rollout."""
     if config.baseline == "critic":
-        advantages = whiten(advantages, rollout.mask)           # a group's are scaled already
+        advantages = whiten(advantages, rollout.mask)           # a group's are centered already
     columns = [rollout.prompt, rollout.response, rollout.mask, rollout.logp, rollout.values,
                advantages, returns]                         # as learn() takes them
     history = []                                            # the metrics of every step
