@@ -57,7 +57,7 @@ from optim import adamw, compile_step, cuda_graph, optimizer_step, set_lr
 class Config(TrainOptions):
     out_dir: str = "runs/dpo"                                           # the folder of this run
     init: str = "runs/sft/ckpt.pt"  # the policy to start from, and the reference
-    data: str = ""              # JSONL of pairs, or as above; '' is the pun world
+    data: str = ""              # JSONL: pairs; kto: or labels; online: prompts; '' is the pun world
     val_data: str = ""          # the same, to validate on; '' holds out a tenth of --data
     corpus_size: int = 30_000   # pairs of the pun world to draw
     noise: float = 0.0          # fraction of the pun world's labels that are flipped
@@ -72,7 +72,7 @@ class Config(TrainOptions):
     max_steps: int = 200                                                # optimizer steps
     lr: float = 2e-4                                                    # the highest rate
     warmup_steps: int = 30                                      # steps until the highest rate
-    weight_decay: float = 0.0                                   # the reference is the anchor, not 0
+    weight_decay: float = 0.0   # of the matrices; none here, since the reference is the anchor
     grad_clip: float = 1.0                      # largest norm of a gradient; 0 does not clip
     eval_interval: int = 100                                    # steps between two evaluations
     log_interval: int = 10                              # steps between two rows of metrics.jsonl

@@ -65,7 +65,7 @@ class Config(Options):
     d_steps: int = 2            # steps of D a round
     skip_g_every: int = 0       # every so many rounds only D learns (4: G skips a quarter); 0 never
     d_batch_size: int = 64      # reals, and as many fakes, a step of D
-    d_lr: float = 2e-4
+    d_lr: float = 2e-4              # of D
     label_smoothing: float = 0.1    # one-sided, for D's reals
     lr: float = 2e-4                # of G
     kl_coef: float = 0.1            # weight of the KL penalty

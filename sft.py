@@ -48,7 +48,7 @@ class Config(TrainOptions):
     val_data: str = ""          # the same, to validate on; '' holds out a tenth of --data
     corpus_size: int | None = None  # records of the pun world; None: 512,000, --init 20,000
     init: str = ""              # checkpoint to start from; '' starts from random weights
-    tokenizer: str = "puns"     # of the small pun world; puns_large is of the large one; or gpt2
+    tokenizer: str = "puns"     # puns (of the small world), puns_large (of the large one) or gpt2
     # the architecture, if it starts from random weights
     arch: str = "gpt"           # gpt, palm, llama or t5
     n_layer: int = 2            # blocks
