@@ -378,7 +378,7 @@ class Batches:
         if len(self) == 0:
             raise InputError("the data has too few records: none is left to train or validate on")
         if len(self) < self.step_size:
-            print(f"a batch of {self.step_size} repeats records: there are {len(self)}")
+            print(f"a batch of {self.step_size} repeats records: the data has {len(self)}")
         self.copies = math.ceil(self.step_size / len(self))     # of each record an epoch
         self.n_batches = self.copies * len(self) // self.step_size      # the rest waits
         self.epoch, self.position = -1, self.n_batches      # next() starts epoch 0

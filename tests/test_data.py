@@ -214,7 +214,7 @@ def test_few_records_repeat_in_a_batch(capsys):
         assert len(rows) == 8 and sorted(map(rows.count, range(3))) == [2, 3, 3]
         seen.append(rows)
     assert len(set(map(tuple, seen))) > 1
-    assert capsys.readouterr().out == "a batch of 8 repeats records: there are 3\n"
+    assert capsys.readouterr().out == "a batch of 8 repeats records: the data has 3\n"
     assert len(set(numbers(batches_of(n=3, batch_size=2).next()))) == 2
     assert not capsys.readouterr().out
     refuses("too few records", batches_of, n=0)

@@ -206,9 +206,9 @@ def test_the_measurement_finds_the_bug_and_accepts_the_fix(n, capsys):
     assert capsys.readouterr().out.endswith(": fixed\n")
 
 
-def test_each_verdict_is_folded_and_says_where_the_bug_stood():
+def test_each_verdict_is_folded_and_says_where_the_bug_was_found():
     text = "\n".join(cell.source for cell in bug_notebook().cells)
     for n in range(1, 21):
         verdict = text.split(f"<details><summary>Verdict on bug {n}</summary>")[1]
-        where = verdict.split("</details>")[0].split("*Where it stood:*")[1]
+        where = verdict.split("</details>")[0].split("*Where it was found:*")[1]
         assert "https://" in where or "invented" in where
