@@ -62,7 +62,7 @@ def test_self_bleu():
         expected = sum(bleu_by_brute_force(texts, i) for i in range(size)) / size
         assert self_bleu(texts) == pytest.approx(expected), texts
     many = ["a b c d e"] * 200 + [f"x{i} y{i} z{i} u{i}" for i in range(200)]
-    assert self_bleu(many) == self_bleu(many)       # the sample of 300 is seeded
+    assert self_bleu(many) == self_bleu(many) < .6  # of 300 at random, the same each time
 
 # -----------------------------------------------------------------------------
 # rows of the table
@@ -177,12 +177,29 @@ def test_options_of_the_sampling(runs, tmp_path):
     for changes in (dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6)):
         changes |= dict(data=data, samples=4, best_of=(), max_new_tokens=2)
         report, samples = evaluate.evaluate(dataclasses.replace(config, **changes))
-        assert {sample["prompt"] for sample in samples["ppo"]} == {"About a banker:", "Hi"}
+        prompts = sorted(sample["prompt"] for sample in samples["ppo"])
+        assert prompts == ["About a banker:"] * 2 + ["Hi"] * 2
         assert len({sample["text"] for sample in samples["ppo"]}) <= 2
         assert all(sample["length"] <= 2 for sample in samples["ppo"])
         assert [r["policy"] for r in report["rows"]] == ["sft", "ppo"]
         assert report["rows"][1]["min_kl"] is report["p0"] is None and report["curves"] == {}
         assert all(math.isfinite(sample["kl"]) for sample in samples["ppo"])
+    changes = dict(data=data, samples=4, best_of=(), max_new_tokens=8)
+    found = [evaluate.evaluate(dataclasses.replace(config, temperature=0.9, seed=seed, **changes))
+             for seed in (1, 2)]
+    assert found[0][1] != found[1][1] and found[0][0]["curves"] == {}
+
+
+def test_best_of_n_picks_among_answers_to_one_prompt(runs, monkeypatch):
+    """Also where n does not divide the largest n: of three answers to each of 24 prompts."""
+    found, best_of = {}, evaluate.best_of
+    monkeypatch.setattr(evaluate, "best_of", lambda groups, n: found.update({n: groups})
+                        or best_of(groups, n))
+    evaluate.evaluate(dataclasses.replace(runs[1], best_of=(1, 2, 3)))
+    assert {n: len(groups) for n, groups in found.items()} == {1: 72, 2: 24, 3: 24}
+    for n, groups in found.items():
+        assert all(len(group) == n for group in groups)
+        assert all(row["prompt"] == group[0]["prompt"] for group in groups for row in group)
 
 # -----------------------------------------------------------------------------
 # --compare
