@@ -80,12 +80,14 @@ def test_whiten_by_hand():
 
 @pytest.mark.parametrize("gamma, lam", [(0.9, 0.8), (1.0, 1.0), (1.0, 0.0)])
 def test_gae_is_its_definition(gamma, lam):
-    """A_t = sum_k (gamma lam)^k delta_{t+k}, over real tokens alone; it is 0 on pads."""
+    """A_t = sum_k (gamma lam)^k delta_{t+k}, over real tokens alone; it is 0 on pads, and what a
+    critic says of pads counts for nothing."""
     torch.manual_seed(0)
     lengths = [6, 4, 2, 1]
     mask = mask_of(*lengths)
-    rewards, values = torch.randn(2, 4, 6) * mask
+    rewards, values = torch.randn(2, 4, 6)
     advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
+    values = values * mask
     close(returns, advantages + values)
     delta = rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values
     for i, n in enumerate(lengths):
@@ -259,17 +261,59 @@ def test_the_passes_end_when_the_policy_is_too_far(monkeypatch, target_kl, other
 def test_a_rollout_of_another_policy_is_noticed():
     policy, cfg = awake(toy()), config()
     rollout = rollout_of(policy, cfg)
-    rollout.logp -= 0.1
+    rollout.logp += 0.1                 # ratios below 1 count as much as those above
     assert updated(policy, rollout, cfg)[0]["first_ratio"] > 0.05
 
 
+def test_an_update_passes_over_the_rollout_in_minibatches():
+    """Each pass has each response once, in an order of its own. Metrics are means over all steps,
+    but first_ratio is that of the first."""
+    cfg, seen = config(ppo_epochs=3), []
+    rollout = rollout_of(toy(), cfg)
+    rollout.prompt = torch.arange(8)[:, None]
+
+    def learn(prompt, *others):
+        seen.append(prompt[:, 0].tolist())
+        n = torch.tensor(float(len(seen)))
+        return {"approx_kl": n, "first_ratio": n}
+
+    metrics = ppo.update(learn, rollout, rollout.logp, rollout.logp, cfg)
+    assert metrics == {"approx_kl": (1 + 2 + 3 + 4 + 5 + 6) / 6, "first_ratio": 1}
+    passes = [tuple(a + b) for a, b in zip(seen[::2], seen[1::2], strict=True)]
+    assert len(set(passes)) == 3 and all(sorted(x) == [*range(8)] for x in passes)
+
+
+def test_a_step_follows_the_sum_of_both_losses():
+    """Plain gradient descent, at a rate of 1: a second computation. Both losses reach the trunk,
+    and one norm clips the whole gradient."""
+    policy, value_head, cfg = awake(toy()), awake(nn.Linear(32, 1)), config(vf_coef=0.3)
+    rollout, both = rollout_of(policy, cfg), nn.ModuleList([policy, value_head])
+    old_logp = rollout.logp - 0.3 * torch.randn_like(rollout.logp)
+    advantages, returns = torch.randn(2, *rollout.logp.shape)
+    logp = logprobs(policy, rollout.prompt, rollout.response)
+    values = value_head(policy.hidden(rollout.prompt, rollout.response))[..., 0]
+    loss = (ppo.policy_loss(logp, old_logp, advantages, rollout.mask, 0.2)[0]
+            + 0.3 * ppo.value_loss(values, rollout.values, returns, rollout.mask, 0.2))
+    gradients = torch.autograd.grad(loss, [*both.parameters()])
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    expected = [p.detach() - g / norm for p, g in zip(both.parameters(), gradients, strict=True)]
+    learn = ppo.minibatch_step(policy, value_head, torch.optim.SGD(both.parameters(), 1.0), cfg,
+                               off)
+    metrics = learn(rollout.prompt, rollout.response, rollout.mask, old_logp, rollout.values,
+                    advantages, returns)
+    close(metrics["grad_norm"], norm)
+    assert norm > 1
+    for p, w in zip(both.parameters(), expected, strict=True):
+        close(p.detach(), w)
+
+
 def test_what_reaches_the_policy_loss(monkeypatch):
-    """The options; GAE's advantages, whitened, or a group's as they are."""
+    """The options; GAE's advantages, whitened over all minibatches, or a group's as they are."""
     seen, policy_loss = [], ppo.policy_loss
     monkeypatch.setattr(ppo, "policy_loss", lambda *x: seen.append(x) or policy_loss(*x))
     for baseline in ("critic", "grpo", "dr_grpo"):
         cfg = config(loss="gspo", clip_range=.3, clip_range_high=.4, baseline=baseline, gamma=.9,
-                     lam=.5, group_size=2, ppo_epochs=1, minibatch_size=8)
+                     lam=.5, group_size=2, ppo_epochs=1)
         rollout = rollout_of(toy(), cfg)
         updated(toy(), rollout, cfg)
         rewards = ppo.token_rewards(rollout.score, rollout.logp, rollout.ref_logp, rollout.mask, .1)
@@ -277,8 +321,9 @@ def test_what_reaches_the_policy_loss(monkeypatch):
         if baseline == "critic":
             gae, _ = ppo.gae(rewards, rollout.values, rollout.mask, .9, .5)
             expected = ppo.whiten(gae, rollout.mask)
-        close(seen[-1][2].sort(dim=0)[0], expected.sort(dim=0)[0])      # rows are shuffled
-    assert [x[4:] for x in seen] == [(.3, .4, "gspo", n) for n in (0, 0, 6)]
+        found = torch.cat([x[2] for x in seen[-2:]])
+        close(found.sort(dim=0)[0], expected.sort(dim=0)[0])            # rows are shuffled
+    assert [x[4:] for x in seen[::2]] == [(.3, .4, "gspo", n) for n in (0, 0, 6)]
 
 # -----------------------------------------------------------------------------
 # the stage
@@ -387,6 +432,12 @@ def test_the_critic_learns(tmp_path, sft_ckpt):
     assert column(tmp_path, "explained_variance") == [0] * 12   # equal returns are no NaN
     samples = (tmp_path / "samples.txt").read_text(encoding="utf-8").splitlines()
     assert [x for x in samples if x.startswith("step ")] == ["step 5", "step 10", "step 12"]
+    # The first values are 0. With lam = 1 and no KL yet each token returns its response's score.
+    run_of(tmp_path, sft_ckpt, max_steps=1, lam=1.0, sample_interval=1)
+    rows = read_jsonl(tmp_path / "samples.jsonl")
+    returns = t(*[row["score"] for row in rows for _ in range(row["length"])])
+    expected = 1 - (returns ** 2).mean() / returns.var(correction=0)
+    assert column(tmp_path, "explained_variance") == pytest.approx([expected.item()], abs=1e-3)
 
 
 def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):
