@@ -162,12 +162,15 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(stopped, stop_at=6)
     assert files_of(stopped) == RUN_FILES - {"ckpt.pt", "curves.png"} | {"state.pt"}
-    assert len(without_times(stopped)) == 7 and torch.load(stopped / "state.pt")["step"] == 4
+    state = torch.load(stopped / "state.pt")
+    assert len(without_times(stopped)) == 7 and state["step"] == 4
+    torch.save(state | {"seconds": 1000.0}, stopped / "state.pt")
     assert train(stopped) == train(whole) and without_times(stopped) == without_times(whole)
     assert files_of(stopped) == RUN_FILES - {"ckpt.pt"}
     rows = read_jsonl(stopped / "metrics.jsonl")
     assert steps_with(rows, "loss") == [*range(1, 11)]
     assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert all((row["seconds"] >= 1000) == (row["step"] > 4) for row in rows)
     samples = [(folder / "samples.txt").read_text(encoding="utf-8") for folder in (stopped, whole)]
     rows = [read_jsonl(folder / "samples.jsonl") for folder in (stopped, whole)]
     assert rows[0] == rows[1] and len(rows[0]) == 20

@@ -162,6 +162,8 @@ def test_prompts_are_padded_left_and_responses_right_after_their_end(tok):
     assert all((tokens != pad).any(dim=0).all() for tokens in encoded.values())     # no wider
     assert data.trim(ids([PAD, PAD]), PAD, "left").tolist() == [[PAD]]              # never empty
     assert data.trim(ids([0, 0, PAD]), PAD, "right").tolist() == [[0, 0]]           # 0 is no pad
+    widths = {"prompt": torch.zeros(1, 50), "chosen": torch.zeros(1, 40), "rejected": ids([0])}
+    assert data.longest(widths | {"margin": torch.zeros(1)}) == 40
 
 
 def test_a_record_without_room_is_named(tok):

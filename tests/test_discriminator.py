@@ -12,7 +12,7 @@ import discriminator
 from common import read_jsonl
 from data import Batches, complete, encode_records, tokenizer_of
 from discriminator import Discriminator, discriminator_loss, load_discriminator, states_for
-from model import load_model
+from model import load_model, save_model
 from puns import world
 
 MASK = RESPONSE != PAD
@@ -193,6 +193,16 @@ def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):
                  "label_smoothing", "device", "dtype"}      # here, above, below, test_stages.py
     tested = set().union(*table, conftest.TRAIN_OPTIONS, elsewhere)
     assert tested == conftest.options_of(discriminator)
+
+
+def test_dropout_acts_in_training_alone(tmp_path, sft_ckpt, tok):
+    model = load_model(sft_ckpt)
+    model.config.dropout = 0.5
+    save_model(tmp_path / "sft.pt", model, tok)
+    calm, noisy = (run_of(tmp_path, init, max_steps=1, lr=0.0)[0]
+                   for init in (sft_ckpt, str(tmp_path / "sft.pt")))
+    assert noisy[0]["loss"] != pytest.approx(calm[0]["loss"], abs=1e-6)
+    assert noisy[1]["real_logit"] == pytest.approx(calm[1]["real_logit"], abs=1e-5)
 
 
 def test_reals_of_the_pun_world_are_puns(tok):

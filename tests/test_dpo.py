@@ -97,6 +97,9 @@ def test_reward_metrics_by_hand():
     assert dpo.reward_metrics(labeled, 0.1) == pytest.approx(expected)
     only_bad = labeled._replace(is_good=torch.zeros(4, dtype=torch.bool))
     assert dpo.reward_metrics(only_bad, 0.1)["rewards/margins"] == 0
+    start = pair._replace(chosen_logps=pair.ref_chosen_logps,
+                          rejected_logps=pair.ref_rejected_logps)
+    assert dpo.reward_metrics(start, 0.1)["rewards/accuracies"] == 0    # prefers neither
 
 # -----------------------------------------------------------------------------
 # batches
@@ -142,6 +145,8 @@ def test_online_pairs_are_the_best_and_the_worst_of_each_group():
     batch, scores = dpo.sample_pairs(awake(toy()), reward, BATCH["prompt"], options, rng)
     assert batch["prompt"] is BATCH["prompt"] and scores.shape == (2, 5)
     assert (scores[0] < 100).all() and (scores[1] >= 100).all()
+    _, again = dpo.sample_pairs(awake(toy()), reward, BATCH["prompt"], options, rng.manual_seed(0))
+    assert torch.equal(again, scores)
     for field, extreme in (("chosen", scores.amax(dim=1)), ("rejected", scores.amin(dim=1))):
         assert batch[field].size(0) == 2 and batch[field].size(1) <= 4
         close(reward(BATCH["prompt"], batch[field]), extreme)
@@ -196,6 +201,8 @@ def test_it_learns_what_is_chosen(tmp_path, sft_ckpt, changes):
     margin = last["rewards/chosen"] - last["rewards/rejected"]
     assert last["rewards/margins"] == pytest.approx(margin, abs=1e-3)
     assert last["rewards/accuracies"] == held_out["val_accuracy"] == 1
+    samples = read_jsonl(tmp_path / "samples.jsonl")
+    assert {row["prompt"] for row in samples} == {"About a judge:"}     # of the held-out pair
     pair = pair_of(load_model(tmp_path / "ckpt.pt"), load_model(sft_ckpt), pairs_about(THINGS[8:]))
     assert pair.logits.item() > 0.6 and held_out["kl"] > 0.1
     if loss != "kto":
@@ -204,11 +211,14 @@ def test_it_learns_what_is_chosen(tmp_path, sft_ckpt, changes):
 
 
 def test_evaluation_is_over_all_records_at_once():
-    """In chunks of one, too, where no good response has a bad one beside it."""
+    """In chunks of one, too, where no good response has a bad one beside it. KTO needs its KL."""
     models = awake(toy()), awake(toy(seed=1))
-    found = dpo.evaluate(*models, Batches(BATCH, 1, PAD, "cpu", 0), config(batch_size=1), off)
-    losses = LOSSES["dpo"](dpo.dpo_batch(*models, BATCH), config())
-    assert found["val_loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    for loss, size in (("dpo", 1), ("kto", 2)):
+        cfg = config(loss=loss, batch_size=size)
+        found = dpo.evaluate(*models, Batches(BATCH, 1, PAD, "cpu", 0), cfg, off)
+        pair = dpo.dpo_batch(*models, BATCH, with_kl=loss == "kto")
+        assert found["val_loss"] == pytest.approx(LOSSES[loss](pair, cfg).mean().item(), abs=1e-5)
+    assert pair.kl.mean() > 0.1
     labels = {"prompt": BATCH["prompt"], "completion": BATCH["chosen"],
               "label": torch.tensor([True, False]), "weight": torch.ones(2)}
     found = dpo.evaluate(*models, Batches(labels, 1, PAD, "cpu", 0), config(batch_size=1), off)
@@ -267,6 +277,10 @@ def test_options_of_training_and_of_the_losses(tmp_path, sft_ckpt):
     expected = LOSSES["simpo"](pair, dpo.Config(simpo_gamma=2.0)).mean().item()
     found = run(loss="simpo", simpo_gamma=2.0)["loss"]
     assert found == pytest.approx(expected, rel=1e-3)
+    # The mean of 1 - beta h, as long as all of them are positive.
+    _, hinge, *_ = run_of(tmp_path, sft_ckpt, max_steps=2, loss="hinge", beta=0.3)
+    assert 0 < hinge["loss"] < 1
+    assert hinge["loss"] == pytest.approx(1 - hinge["rewards/margins"], abs=1e-4)
 
 
 def test_pairs_of_the_pun_world(tok):

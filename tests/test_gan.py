@@ -139,36 +139,46 @@ def test_a_step_of_d_and_a_step_of_g_do_not_mix(estimator):
     loss_of(policy, toy(), used, cfg).backward()
     assert any(p.grad is not None and p.grad.any() for p in used.parameters())
     policy.zero_grad(set_to_none=True)
-    texts = {"prompt": PROMPT, "real": RESPONSE, "fake": RESPONSE.flip(0)}
-    real, fake = discriminator.verdicts(fresh, policy, texts)
+    real_texts, fake_texts = (PROMPT, RESPONSE), (PROMPT.roll(1, dims=0), RESPONSE.flip(0))
+
+    def verdicts():
+        return [fresh(*texts, states_for(fresh, policy, *texts)).detach()
+                for texts in (real_texts, fake_texts)]
+
+    real, fake = verdicts()
     expected = dict(d_loss=discriminator.discriminator_loss(real, fake, 0.2), d_real=real.mean(),
                     d_accuracy=discriminator.accuracy_of(real, fake), d_fake=fake.mean())
     for disc in (fresh, used):
         optimizer = adamw(disc, 1e-4, 0.01, betas=(0.5, 0.99))
         metrics = gan.discriminator_step(disc, policy, optimizer,
-                                         {"prompt": PROMPT, "completion": RESPONSE}, PROMPT,
-                                         texts["fake"], cfg, off)
+                                         {"prompt": PROMPT, "completion": RESPONSE},
+                                         *fake_texts, cfg, off)
         metrics = {name: x.item() for name, x in metrics.items()}
         assert metrics == pytest.approx({name: x.item() for name, x in expected.items()}, abs=1e-5)
     assert all(map(torch.equal, fresh.parameters(), used.parameters()))
     assert all(p.grad is None for p in policy.parameters())
-    after = discriminator.discriminator_loss(*discriminator.verdicts(fresh, policy, texts))
+    after = discriminator.discriminator_loss(*verdicts())
     assert after < discriminator.discriminator_loss(real, fake)
 
 
-def test_g_learns_from_all_responses_of_a_round(tmp_path, sft_ckpt, discs, monkeypatch):
-    """Where D is differentiated: each response is in one minibatch."""
+def test_both_learn_from_all_responses_of_a_round(tmp_path, sft_ckpt, discs, monkeypatch):
+    """Where D is differentiated: each response is in one minibatch of G, and here in one of D."""
     seen, loss = [], gan.differentiable_loss
+    fakes, step = [], gan.discriminator_step
 
     def note(policy, reference, disc, prompt, response, *rest):
         seen.append(response)
         return loss(policy, reference, disc, prompt, response, *rest)
 
     monkeypatch.setattr(gan, "differentiable_loss", note)
+    monkeypatch.setattr(gan, "discriminator_step",
+                        lambda *args: fakes.append(args[5]) or step(*args))
     run_of(tmp_path, sft_ckpt, discs, "gumbel", max_steps=1, sample_interval=1)
     assert [len(response) for response in seen] == [16, 16]
     texts = [tokenizer_of(load_model(sft_ckpt)).decode(row) for row in torch.cat(seen)]
-    assert texts == [row["text"] for row in read_jsonl(tmp_path / "samples.jsonl")]
+    rows = read_jsonl(tmp_path / "samples.jsonl")
+    assert texts == [row["text"] for row in rows] and torch.equal(torch.cat(fakes), torch.cat(seen))
+    assert {row["prompt"] for row in rows} <= {row["prompt"] for row in owls(36)}
 
 
 def test_d_sees_the_responses_of_a_round_in_turn():

@@ -42,6 +42,13 @@ def test_every_policy_writes(runs, capsys, sft_ckpt, tok):
     assert out.count("score ") == 4 and "reward_model" not in out       # it is no policy
     alone = output_of(capsys, prompt="a banker", policies=("runs/ppo/ckpt.pt",), runs="none")
     assert "runs/sft" not in alone and "kl" not in alone and alone.count("About a banker:") == 3
+    policy = load_model(sft_ckpt)
+    policy.wte.weight.data *= 1.5
+    save_model("runs/ppo/ckpt.pt", policy, tok)     # another one: kl is that to the SFT model
+    lines = output_of(capsys, prompt="a banker", n=2, max_new_tokens=2).splitlines()
+    assert ["kl +0.00" in lines[i] for i in (2, 3, 6, 7)] == [True, True, False, False]
+    texts = [line.partition("banker:")[2].partition("  score")[0] for line in lines[2:4]]
+    assert all(len(tok.encode(text)) <= 2 for text in texts)
 
 
 def test_options_of_the_sampling(runs, capsys):
@@ -53,22 +60,31 @@ def test_options_of_the_sampling(runs, capsys):
     assert seeds[0] == seeds[1] != seeds[2]
 
 
-def test_the_best_of_n_becomes_records(runs, capsys, sft_ckpt, tok):
+def test_the_best_of_n_becomes_records(runs, capsys, sft_ckpt, tok, monkeypatch):
     """Of four samples for each prompt the one that the reward model scores highest."""
-    prompts = ["About a banker:", "About an owl:"]
-    options = dict(best_to="best.jsonl", n=4,
+    prompts, how = ["About a banker:", "About an owl:"], dict(temperature=1.2, top_k=99, top_p=.99)
+    policy = load_model(sft_ckpt)
+    policy.wte.weight.data *= 1.1
+    save_model("policy.pt", policy, tok)            # not the one that kl is measured to
+    options = dict(best_to="best.jsonl", n=4, policies=("policy.pt",), **how,
                    data=records("prompts.jsonl", [{"prompt": prompt} for prompt in prompts]))
     refuses("reward_model/ckpt.pt, which scores", output_of, capsys, **options)
     add_reward_model(sft_ckpt, tok)
-    assert "best.jsonl: 2 records" in output_of(capsys, **options)
+    out = output_of(capsys, **options)
     repeated = [prompt for prompt in prompts for _ in range(4)]
     rng = torch.Generator().manual_seed(sample.Config().seed)
-    texts = complete(load_model(sft_ckpt), tok, repeated, rng, off)
+    texts = complete(policy, tok, repeated, rng, off, **how)
     reward = load_reward_model("runs/reward_model/ckpt.pt")
     scores = score_texts(reward, tok, repeated, texts, off).view(2, 4)
     best = [texts[i] for i in (scores[0].argmax(), 4 + scores[1].argmax())]
-    assert read_jsonl("best.jsonl") == [{"prompt": prompt, "completion": text}
-                                        for prompt, text in zip(prompts, best, strict=True)]
+    expected = [{"prompt": prompt, "completion": text}
+                for prompt, text in zip(prompts, best, strict=True) if text.strip()]
+    assert read_jsonl("best.jsonl") == expected
+    assert expected and f"best.jsonl: {len(expected)} records" in out
+    output_of(capsys, **options, max_new_tokens=2)
+    assert all(len(tok.encode(row["completion"])) <= 2 for row in read_jsonl("best.jsonl"))
+    monkeypatch.setattr(sample, "measure", lambda *args: [dict(text=" ", score=1.0)] * 8)
+    assert "best.jsonl: 0 records" in output_of(capsys, **options)      # an empty text is none
 
 
 def test_a_prompt_is_a_thing_or_any_text():

@@ -23,6 +23,7 @@ import tyro
 from conftest import ROOT, RUN_FILES, STAGES, make, options_of, pairs, records, starts_of, tiny
 
 import common
+import data
 import discriminator
 import dpo
 import evaluate
@@ -359,6 +360,35 @@ def test_dropout_is_off_where_log_probs_are_compared(tmp_path, sft_ckpt):
     dpo.train(tiny(dpo, tmp_path / "dpo", tmp_path / "sft.pt", data=pairs(tmp_path)))
     first = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+@pytest.mark.parametrize("module", [sft, reward_model, discriminator, dpo])
+def test_samples_are_as_long_as_the_longest_text(sft_ckpt, tmp_path, monkeypatch, module):
+    """Shorter ones would be told from the texts by their length. 37 tokens with the end token."""
+    lengths, respond = [], data.respond
+
+    def note(model, tok, prompts, rng, autocast, max_new_tokens=32, **sampling):
+        lengths.append(max_new_tokens)
+        return respond(model, tok, prompts, rng, autocast, max_new_tokens, **sampling)
+
+    monkeypatch.setattr(data, "respond", note)
+    monkeypatch.setattr(module, "respond", note, raising=False)
+    rows = [{"prompt": "Hi", "completion": "1 " * 18, "chosen": "1 " * 18, "rejected": " no"}] * 20
+    module.train(tiny(module, tmp_path, sft_ckpt, data=records(tmp_path / "a.jsonl", rows)))
+    assert set(lengths) == {37}
+
+
+@pytest.mark.parametrize("module", STAGES.values())
+def test_what_is_random_follows_the_seed(chain, tmp_path, monkeypatch, module):
+    """Order of the batches and samples; G's prompts come in an order of their own."""
+    seeds, shuffle, make_rng = set(), data.Batches.shuffle, module.make_rng
+    monkeypatch.setattr(data.Batches, "shuffle", lambda batches, epoch: seeds.add(
+        batches.seed) or shuffle(batches, epoch))
+    monkeypatch.setattr(module, "make_rng", lambda device, seed: seeds.add(seed)
+                        or make_rng(device, seed))
+    own = pairs(tmp_path) if module in (reward_model, dpo) else ""
+    module.train(tiny(module, tmp_path / "run", seed=70, max_steps=1, data=own,
+                      **starts_of(chain)))
+    assert seeds == ({70, 71} if module is gan else {70})
 
 # -----------------------------------------------------------------------------
 # own files
