@@ -142,10 +142,11 @@ def test_online_pairs_are_the_best_and_the_worst_of_each_group():
 
     rng = torch.Generator().manual_seed(0)
     options = config(group_size=5, max_new_tokens=4)
-    batch, scores = dpo.sample_pairs(awake(toy()), reward, BATCH["prompt"], options, rng)
+    policy = awake(toy())
+    batch, scores = dpo.sample_pairs(policy, reward, BATCH["prompt"], options, rng)
     assert batch["prompt"] is BATCH["prompt"] and scores.shape == (2, 5)
     assert (scores[0] < 100).all() and (scores[1] >= 100).all()
-    _, again = dpo.sample_pairs(awake(toy()), reward, BATCH["prompt"], options, rng.manual_seed(0))
+    _, again = dpo.sample_pairs(policy, reward, BATCH["prompt"], options, rng.manual_seed(0))
     assert torch.equal(again, scores)
     for field, extreme in (("chosen", scores.amax(dim=1)), ("rejected", scores.amin(dim=1))):
         assert batch[field].size(0) == 2 and batch[field].size(1) <= 4
