@@ -198,6 +198,9 @@ def check_train_options(run, held_out, logged="lr", still=()):
 
     rows, _ = run(max_steps=5, log_interval=3, eval_interval=2)
     assert steps_with(rows, logged) == [1, 4, 5] and steps_with(rows, held_out) == [2, 4, 5]
+    if logged == "lr":
+        rates = [row["lr"] for row in rows if "lr" in row]
+        assert rates[2] == pytest.approx(rates[1] / 2, rel=1e-3)   # 0 in a sixth step
     start, plain = weights_after(lr=0.0), weights_after(weight_decay=0.0)
     decayed, warm = weights_after(weight_decay=0.1), weights_after(warmup_steps=4, weight_decay=0.0)
     clipped = weights_after(grad_clip=1e-10, weight_decay=0.0)
@@ -217,7 +220,7 @@ def check_pun_world_pairs(load):
     noisy, noisy_val, *_ = load(corpus_size=200, noise=1.0)
     assert [row["chosen"] for row in clean] == [row["rejected"] for row in noisy]
     assert len(clean) == 200 and len(val) >= 1000 and val == noisy_val
-    assert load(corpus_size=200, seed=1)[0] != clean
+    assert load(corpus_size=200, seed=1)[0] != clean and not any(row in clean for row in val)
     puns = [set(), set()]
     for seen, rows in zip(puns, (clean, val), strict=True):
         for row in rows:

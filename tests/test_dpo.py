@@ -213,12 +213,13 @@ def test_it_learns_what_is_chosen(tmp_path, sft_ckpt, changes):
 
 def test_evaluation_is_over_all_records_at_once():
     """In chunks of one, too, where no good response has a bad one beside it. KTO needs its KL."""
-    models = awake(toy()), awake(toy(seed=1))
+    models = awake(toy()), awake(toy(seed=31))      # without the reference: half of them right
     for loss, size in (("dpo", 1), ("kto", 2)):
         cfg = config(loss=loss, batch_size=size)
         found = dpo.evaluate(*models, Batches(BATCH, 1, PAD, "cpu", 0), cfg, off)
         pair = dpo.dpo_batch(*models, BATCH, with_kl=loss == "kto")
         assert found["val_loss"] == pytest.approx(LOSSES[loss](pair, cfg).mean().item(), abs=1e-5)
+        assert found["val_accuracy"] == (pair.logits > 0).float().mean()
     assert pair.kl.mean() > 0.1
     labels = {"prompt": BATCH["prompt"], "completion": BATCH["chosen"],
               "label": torch.tensor([True, False]), "weight": torch.ones(2)}
@@ -238,8 +239,12 @@ def test_kto_trains_with_its_kl(tmp_path, sft_ckpt, monkeypatch, shape):
 
 def test_online_dpo_learns_what_the_reward_model_likes(tmp_path, sft_ckpt, monkeypatch, tok):
     """Here: short answers. Prompts are all that it reads."""
+    means = []
+
     def reward(prompt, response):
-        return -(response != tok.pad_token_id).sum(dim=1).float()
+        lengths = (response != tok.pad_token_id).sum(dim=1).float()
+        means.append(lengths.mean().item())
+        return -lengths
 
     monkeypatch.setattr(dpo, "load_frozen_reward_model", lambda *args: reward)
     prompts = [{"prompt": f"About a {thing}:"} for thing in THINGS]
@@ -248,7 +253,8 @@ def test_online_dpo_learns_what_the_reward_model_likes(tmp_path, sft_ckpt, monke
                   eval_interval=16, lr=5e-3)
     steps = [row for row in rows if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert steps[-1]["score"] > steps[0]["score"] + 2 and -12 <= steps[0]["score"] < -6
+    assert steps[-1]["score"] > steps[0]["score"] + 2
+    assert steps[0]["score"] == pytest.approx(-means[0], rel=1e-3) and 6 < means[0] <= 12
     assert rows[-1]["length"] == -rows[-1]["score"] < 6 and "val_loss" not in rows[-1]
     assert len(dpo.load_records(config(online="x"), tokenizer())[0]) == len(world().things)
 
@@ -257,6 +263,8 @@ def test_online_dpo_needs_a_reward_model_of_the_same_tokens(tmp_path, sft_ckpt, 
     save_model(tmp_path / "reward.pt", RewardModel(load_model(sft_ckpt)), tok)
     other = conftest.with_another_tokenizer(tmp_path / "reward.pt", tmp_path / "other.pt")
     refuses("other.pt has another tokenizer than", run_of, tmp_path, sft_ckpt, online=other)
+    refuses("tokens, 44 of them for a response", run_of, tmp_path, sft_ckpt, max_new_tokens=44,
+            online=str(tmp_path / "reward.pt"))
 
 
 def test_options_of_training_and_of_the_losses(tmp_path, sft_ckpt):

@@ -294,9 +294,15 @@ def test_every_option_changes_what_it_should(tmp_path, sft_ckpt, discs):
 
 
 @pytest.mark.parametrize("estimator", ["reinforce", "hidden"])
-def test_g_skips_rounds(tmp_path, sft_ckpt, discs, estimator):
-    """Every second one: there is no norm of its gradient, and its texts stay the same."""
-    run_of(tmp_path, sft_ckpt, discs, estimator, skip_g_every=2, max_steps=4, sample_interval=3)
+def test_g_skips_rounds(tmp_path, sft_ckpt, discs, estimator, monkeypatch):
+    """Every second one: there is no norm of its gradient, and its texts stay the same. What D
+    reads of a text are the states of G itself, not those of the frozen reference."""
+    learns = set()
+    monkeypatch.setattr(gan, "states_for", lambda disc, model, *texts: learns.add(
+        model.wte.weight.requires_grad) or states_for(disc, model, *texts))
+    run_of(tmp_path, sft_ckpt, discs, estimator, disc=discs["states"], skip_g_every=2, max_steps=4,
+           sample_interval=3)
+    assert learns == {True}
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert ["grad_norm" in row for row in rows] == [True, False, True, False]
     assert all("d_loss" in row for row in rows)

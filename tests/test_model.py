@@ -109,6 +109,8 @@ def test_pads_need_no_room_in_the_block(arch):
     together = logprobs(model, prompt, response)
     close(together[:1, :2], logprobs(model, prompt[:1], response[:1, :2]))
     close(together[1:], logprobs(model, prompt[1:, -1:], response[1:]))
+    response[0, :4] = 5                                         # one row of 7 + 4
+    refuses("11 tokens do not fit", logprobs, model, prompt, response)
 
 
 def test_tensors_stay_on_one_device(model):

@@ -94,27 +94,27 @@ def test_evaluation_is_the_mean_over_all_records():
 
 
 def test_calibration_error_by_hand():
-    """Four verdicts are sure by .8 (a gap of ln 4), and three of them right: off by .05. Six are
-    sure by .6 (ln 1.5), and three of them right: off by .1. .4 * .05 + .6 * .1 = .08."""
-    a, b = math.log(4), math.log(1.5)
-    gaps = torch.tensor([a, a, a, -a, b, b, b, -b, -b, -b])
+    """Four verdicts are sure by .88 and right: off by .12. Six are sure by .82, and three of them
+    right: off by .32. Bins of .05 keep them apart. .4 * .12 + .6 * .32 = .24."""
+    a, b = math.log(.88 / .12), math.log(.82 / .18)
+    gaps = torch.tensor([a, a, a, a, b, b, b, -b, -b, -b])
     metrics = Table(gaps, torch.zeros(10)).evaluate(PAIR)
-    assert metrics == pytest.approx({"ece": .08, "accuracy": .6, "gap": a / 5}, abs=1e-5)
+    assert metrics == pytest.approx({"ece": .24, "accuracy": .7, "gap": .4 * a}, abs=1e-5)
 
 
 def test_ratings_by_hand():
     """Scores 1, 2, 3, 4 and ratings 1, 3, 2, 4: (0 + 1 + 1 + 0) / 4, and 1 - 6 * 2 / 60 = .8.
 
-    Equal ratings share their mean rank: 1.5, 1.5, 3.5, 3.5 against 1, 2, 3, 4 correlate by
-    4 / sqrt(5 * 4) = .8944, in any order."""
+    Equal ratings share their mean rank: 1.5, 1.5, 3, 4 against 1, 2, 3, 4 correlate by
+    4.5 / sqrt(4.5 * 5) = .9487, in any order."""
     ratings = torch.tensor([1.0, 3.0, 2.0, 4.0])
     metrics = Table(torch.arange(1.0, 5.0)).evaluate(["completion"], rating=ratings)
     assert metrics == pytest.approx({"val_mse": .5, "spearman": .8})
     x = torch.tensor([1.0, 20.0, 300.0, 4000.0])
     assert spearman(x, x ** 2) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
-    stars = torch.tensor([1.0, 1.0, 5.0, 5.0])
+    stars = torch.tensor([1.0, 1.0, 4.0, 5.0])
     for order in ([0, 1, 2, 3], [1, 0, 3, 2], [3, 2, 1, 0]):
-        assert spearman(x[order], stars[order]) == pytest.approx(.8944, abs=1e-4)
+        assert spearman(x[order], stars[order]) == pytest.approx(.9487, abs=1e-4)
     assert spearman(x, torch.ones(4)) == 0      # nothing to correlate with
 
 
@@ -204,7 +204,7 @@ def test_options_of_the_loss_by_hand(tmp_path, sft_ckpt, tok):
     """All 16 records in one batch, scored by a new reward model: a second computation."""
     rows = rows_about(16, **GOOD)
     for i, row in enumerate(rows):
-        row |= {"margin": 5} if i % 2 else {"share": 0.6}
+        row |= {"margin": 5} if i % 2 else {"share": 0.6, "rejected": " no" * 9}
     for changes in ({}, dict(margin=0.5), dict(centering=0.01), dict(likelihood=0.0)):
         torch.manual_seed(1337)
         reward = RewardModel(load_model(sft_ckpt), changes.get("likelihood", 0.3))
@@ -226,16 +226,16 @@ def test_options_of_the_loss_by_hand(tmp_path, sft_ckpt, tok):
 
 
 def test_texts_of_people_are_normalized_by_fewer_samples(tmp_path, sft_ckpt, monkeypatch):
-    respond, n_prompts = reward_model.respond, []
+    respond, seen = reward_model.respond, []
 
     def note(model, tok, prompts, *rest):
-        n_prompts.append(len(prompts))
+        seen.extend(prompts)
         return respond(model, tok, prompts[:8], *rest)
 
     monkeypatch.setattr(reward_model, "respond", note)
     rows = rows_about(16, **GOOD)
     run_of(tmp_path, sft_ckpt, rows, rows[:2], max_steps=1)
-    assert n_prompts == [400]
+    assert seen == [row["prompt"] for row in rows] * 25
 
 
 def test_options_of_training(tmp_path, sft_ckpt):

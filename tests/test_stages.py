@@ -373,7 +373,9 @@ def test_samples_are_as_long_as_the_longest_text(sft_ckpt, tmp_path, monkeypatch
     monkeypatch.setattr(data, "respond", note)
     monkeypatch.setattr(module, "respond", note, raising=False)
     rows = [{"prompt": "Hi", "completion": "1 " * 18, "chosen": "1 " * 18, "rejected": " no"}] * 20
-    module.train(tiny(module, tmp_path, sft_ckpt, data=records(tmp_path / "a.jsonl", rows)))
+    short = [row | {"completion": " yes", "chosen": " yes"} for row in rows]
+    module.train(tiny(module, tmp_path, sft_ckpt, data=records(tmp_path / "a.jsonl", rows),
+                      val_data=records(tmp_path / "b.jsonl", short)))
     assert set(lengths) == {37}
 
 
