@@ -162,23 +162,32 @@ def test_a_step_of_d_and_a_step_of_g_do_not_mix(estimator):
 
 
 def test_both_learn_from_all_responses_of_a_round(tmp_path, sft_ckpt, discs, monkeypatch):
-    """Where D is differentiated: each response is in one minibatch of G, and here in one of D."""
-    seen, loss = [], gan.differentiable_loss
+    """Where D is differentiated: each response is in one minibatch of G, and here in one of D, with
+    its prompt. The norm that is clipped is that of G's gradient alone, the reference is frozen."""
+    seen, norms, loss = [], [], gan.differentiable_loss
     fakes, step = [], gan.discriminator_step
 
     def note(policy, reference, disc, prompt, response, *rest):
-        seen.append(response)
-        return loss(policy, reference, disc, prompt, response, *rest)
+        assert not reference.wte.weight.requires_grad
+        seen.append(torch.cat([prompt, response], dim=1))
+        value = loss(policy, reference, disc, prompt, response, *rest)
+        gradients = torch.autograd.grad(value, [*policy.parameters()], retain_graph=True)
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
+        return value
 
     monkeypatch.setattr(gan, "differentiable_loss", note)
-    monkeypatch.setattr(gan, "discriminator_step",
-                        lambda *args: fakes.append(args[5]) or step(*args))
-    run_of(tmp_path, sft_ckpt, discs, "gumbel", max_steps=1, sample_interval=1)
-    assert [len(response) for response in seen] == [16, 16]
+    monkeypatch.setattr(gan, "discriminator_step", lambda *args: fakes.append(
+        torch.cat(args[4:6], dim=1)) or step(*args))
+    found = run_of(tmp_path, sft_ckpt, discs, "gumbel", max_steps=1, sample_interval=1,
+                   group_size=2)
+    assert found["grad_norm"] == [pytest.approx(norms[1], rel=1e-3)]
+    assert [len(texts) for texts in seen] == [16, 16]
     texts = [tokenizer_of(load_model(sft_ckpt)).decode(row) for row in torch.cat(seen)]
     rows = read_jsonl(tmp_path / "samples.jsonl")
-    assert texts == [row["text"] for row in rows] and torch.equal(torch.cat(fakes), torch.cat(seen))
-    assert {row["prompt"] for row in rows} <= {row["prompt"] for row in owls(36)}
+    assert texts == [row["prompt"] + row["text"] for row in rows]
+    assert torch.equal(torch.cat(fakes), torch.cat(seen))
+    prompts = [row["prompt"] for row in rows]
+    assert prompts[::2] == prompts[1::2] and set(prompts) <= {row["prompt"] for row in owls(36)}
 
 
 def test_d_sees_the_responses_of_a_round_in_turn():
@@ -297,7 +306,13 @@ def test_every_option_changes_what_it_should(tmp_path, sft_ckpt, discs):
 def test_g_skips_rounds(tmp_path, sft_ckpt, discs, estimator, monkeypatch):
     """Every second one: there is no norm of its gradient, and its texts stay the same. What D
     reads of a text are the states of G itself, not those of the frozen reference."""
-    learns = set()
+    learns, update = set(), gan.ppo.update
+
+    def check_and_update(learn, rollout, advantages, returns, cfg):
+        close(returns, advantages + rollout.values * rollout.mask)
+        return update(learn, rollout, advantages, returns, cfg)
+
+    monkeypatch.setattr(gan.ppo, "update", check_and_update)
     monkeypatch.setattr(gan, "states_for", lambda disc, model, *texts: learns.add(
         model.wte.weight.requires_grad) or states_for(disc, model, *texts))
     run_of(tmp_path, sft_ckpt, discs, estimator, disc=discs["states"], skip_g_every=2, max_steps=4,
