@@ -103,12 +103,13 @@ def test_evaluation_by_hand():
         reads = "tokens"
 
         def forward(self, prompt, response, states):
+            assert torch.equal(response % 1000, prompt)     # each text with its own prompt
             fake = torch.where(prompt[:, 0] < 270, 0.0, 4.0)
             real = torch.where(prompt[:, 0] < 290, 1.0, 0.0)
-            return torch.where(response[:, 0] == 2, fake, real)
+            return torch.where(response[:, 0] >= 1000, fake, real)
 
-    encoded = {"prompt": torch.arange(300)[:, None], "real": torch.ones(300, 1),
-               "fake": torch.full((300, 1), 2)}
+    numbers = torch.arange(300)[:, None]
+    encoded = {"prompt": numbers, "real": numbers, "fake": 1000 + numbers}
     disc = Fixed()
     metrics = discriminator.evaluate(disc, None, Batches(encoded, 1, 999, "cpu", 0), off)
     expected = {"accuracy": (29 / 30 + 27 / 30) / 2, "real_logit": 29 / 30, "fake_logit": .4}

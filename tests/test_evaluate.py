@@ -140,6 +140,7 @@ def test_the_report_is_written(runs):
     assert [r["policy"] for r in report["rows"]] == ["sft", "best of 2", "best of 4", "ppo"]
     sft_row, best_2, best_4, ppo_row = report["rows"]
     assert sft_row["kl"] == 0 and best_4["kl"] == pytest.approx(best_of_n_kl(4))
+    assert ppo_row["kl"] > 0.5                                  # to the reference
     assert sft_row["score"] < best_2["score"] < best_4["score"]
     assert report["curves"] == {"ppo": [{"step": 1, "pun": .1, "kl": .5, "score": .2}]}
     page = (folder / "report.md").read_text(encoding="utf-8")
