@@ -144,7 +144,7 @@ def test_fine_tuning_has_defaults_of_its_own(tmp_path, sft_ckpt):
     assert used | dict(max_steps=11, warmup_steps=1, lr=1e-3) == used and list(val_nll) == [7, 11]
     used, _, _ = run("", **TINY_SFT | dict(max_steps=None, epochs=3, grad_accum=2))
     assert used["max_steps"] == 6           # 80 records in five batches of 16, two a step, thrice
-    plan = sft.plan_steps(sft.Config(), 10)                     # of a new model
+    plan = sft.plan_steps(sft.Config(grad_accum=1), 10)         # of a new model
     assert (plan.max_steps, plan.warmup_steps, plan.eval_interval) == (4000, 100, 500)
     with pytest.raises(InputError, match="leave one of them out"):
         run(epochs=1, max_steps=1)
