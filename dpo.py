@@ -57,7 +57,7 @@ from optim import adamw, compile_step, cuda_graph, optimizer_step, set_lr
 class Config(TrainOptions):
     out_dir: str = "runs/dpo"                                           # the folder of this run
     init: str = "runs/sft/ckpt.pt"  # the policy to start from, and the reference
-    data: str = ""              # JSONL: pairs; kto: or labels; online: prompts; '' is the pun world
+    data: str = ""              # JSONL: pairs, labels (kto), prompts (online); '' is the pun world
     val_data: str = ""          # the same, to validate on; '' holds out a tenth of --data
     corpus_size: int = 30_000   # pairs of the pun world to draw
     noise: float = 0.0          # fraction of the pun world's labels that are flipped

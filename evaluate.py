@@ -223,7 +223,7 @@ def evaluate(config):
     every = max(1, len(drawn) // config.samples)
     add("sft", drawn[::every])
     for n in config.best_of:
-        # The `most` answers to one prompt are neighbors: as many whole groups as there are in them.
+        # `most` neighbors answer the same prompt. No group of n has answers to two prompts.
         groups = [drawn[i:i + n] for start in range(0, len(drawn), most)
                   for i in range(start, start + most - n + 1, n)]
         add(f"best of {n}", best_of(groups, n))

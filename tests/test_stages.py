@@ -361,6 +361,7 @@ def test_dropout_is_off_where_log_probs_are_compared(tmp_path, sft_ckpt):
     first = read_jsonl(tmp_path / "dpo" / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
+
 @pytest.mark.parametrize("module", [sft, reward_model, discriminator, dpo])
 def test_samples_are_as_long_as_the_longest_text(sft_ckpt, tmp_path, monkeypatch, module):
     """Shorter ones would be told from the texts by their length. 37 tokens with the end token."""
