@@ -69,7 +69,8 @@ class Config(Options):
     out_dir: str = "runs/real"                  # the folder of the stages' folders
     split_seed: int = 1                         # which texts are in which part
     comparisons: int = 5000                     # of the reward model, and as many of the judge
-    samples: int = 4                            # of each policy to each prompt, for the report
+    words: int = 200                            # unseen, and trained, that the report asks for
+    samples: int = 4                            # of each policy to each of these words
     best_of: int = 16                           # how many the reward model picks from
 
 # -----------------------------------------------------------------------------
@@ -382,7 +383,8 @@ def evaluate_policies(config, judges, overlap, autocast):
         return draw_samples(path, repeated, judges, replace(config, seed=seed), autocast)
 
     for name in ("unseen", "trained"):
-        prompts = [row["prompt"] for row in read_jsonl(folder / "data" / f"{name}_prompts.jsonl")]
+        records = read_jsonl(folder / "data" / f"{name}_prompts.jsonl")[:config.words]
+        prompts = [record["prompt"] for record in records]
         # What all policies are compared with; the row "sft" is another draw.
         many = draw(sft, prompts, config.best_of, config.seed + 1)
         groups = [many[i:i + config.best_of] for i in range(0, len(many), config.best_of)]

@@ -194,7 +194,7 @@ TINY = {"sft.py": "--epochs 0.1",
         "ppo.py": "--max_steps 1 --batch_size 4 --minibatch_size 2 --max_new_tokens 6",
         "gan.py": "--max_steps 1 --batch_size 4 --minibatch_size 2 --max_new_tokens 6 "
                   "--d_batch_size 2",
-        "real.people": "--comparisons 100 --samples 2 --best_of 2",
+        "real.people": "--comparisons 100 --words 30 --samples 2 --best_of 2",
         "real.story": ""}
 
 
@@ -212,22 +212,27 @@ def run_line(line):
     return module.train(tyro.cli(module.Config, args=args))
 
 
-def test_make_real(tmp_path, sft_ckpt, monkeypatch):
+@pytest.mark.parametrize("size, lr_of_ppo", [("cpu", 6e-4), ("gpu", 3e-4)])
+def test_make_real(tmp_path, sft_ckpt, monkeypatch, size, lr_of_ppo):
     """All lines of real/Makefile, from published weights to the report, on toy puns."""
     monkeypatch.setattr(people, "MAX_NEW_TOKENS", 16)       # what tiny models have room for
     monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=toy_puns()))
     pretrained.export(sft_ckpt, str(tmp_path / "init"))
     folder = tmp_path / "real"
     (*lines, report_line, story_line), errors = make(
-        "-f", "real/Makefile", f"R={folder}", f"INIT={tmp_path / 'init'}", f"SEMEVAL={tmp_path}",
-        f"EXPUN={tmp_path}", "-o", ".venv/ready", "-o", ".venv/ready-real", "real")
+        "-f", "real/Makefile", f"R={folder}", f"SIZE={size}", "SEED=5",
+        f"INIT={tmp_path / 'init'}", f"SEMEVAL={tmp_path}", f"EXPUN={tmp_path}",
+        "-o", ".venv/ready", "-o", ".venv/ready-real", "real")
     assert not errors
     assert len(lines) == 11
     for line in lines:
         run_line(line)
     # The judge has not seen what the policies' reward model has, and starts from elsewhere.
-    read = {name: json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
-            for name in ("reward_model", "gold", "ppo", "ppo_weak_kl")}
+    read = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in folder.glob("*/config.json")}
+    assert len(read) == 8
+    assert {name for name, config in read.items() if config["seed"] != 5} == {"gold"}
+    assert read["ppo"]["lr"] == read["ppo_weak_kl"]["lr"] == lr_of_ppo
     assert read["reward_model"]["data"] == str(folder / "data" / "pairs_train.jsonl")
     assert read["gold"]["data"] == str(folder / "data" / "pairs_gold.jsonl")
     assert read["gold"]["init"] == str(folder / "pretrained" / "ckpt.pt")
@@ -263,8 +268,8 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
     assert "not picked" in (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "report.png").stat().st_size > 1000
     samples = read_jsonl(folder / "report_samples.jsonl")
-    # Four unseen words and one trained word, ten times each.
-    assert len(samples) == 10 * 5 * (5 * 2 + 1)
+    # Thirty prompts with unseen words, and ten with the trained word.
+    assert len(samples) == (30 + 10) * (5 * 2 + 1)
 
     run_line(story_line)
     told = (folder / "story.json").read_text(encoding="utf-8")
@@ -272,7 +277,7 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch):
     story = json.loads(told)
     assert story["policies"].keys() == report["policies"].keys()
     assert {name: len(rows) for name, rows in story["samples"].items()} == {
-        "sft": 80, "dpo": 80, "gan": 80, "ppo": 80, "ppo_weak_kl": 80, "best": 40}
+        "sft": 60, "dpo": 60, "gan": 60, "ppo": 60, "ppo_weak_kl": 60, "best": 30}
     assert len(story["held_out"]["gold"]) == len(story["held_out"]["is_pun"]) >= 18
     assert story["people"]["uses the word"] == 1
     assert {name: len(rows) for name, rows in story["runs"].items()} == {
