@@ -432,9 +432,11 @@ def test_the_critic_learns(tmp_path, sft_ckpt):
     assert column(tmp_path, "explained_variance") == [0] * 12   # equal returns are no NaN
     samples = (tmp_path / "samples.txt").read_text(encoding="utf-8").splitlines()
     assert [x for x in samples if x.startswith("step ")] == ["step 5", "step 10", "step 12"]
-    # The first values are 0. With lam = 1 and no KL yet each token returns its response's score.
-    run_of(tmp_path, sft_ckpt, max_steps=1, lam=1.0, sample_interval=1)
+    # The first values are 0. With lam = 1 and no KL yet each token returns its response's score,
+    # and a pad nothing: there are some, since some responses end early.
+    run_of(tmp_path, sft_ckpt, max_steps=1, max_new_tokens=16, lam=1.0, sample_interval=1)
     rows = read_jsonl(tmp_path / "samples.jsonl")
+    assert len({row["length"] for row in rows}) > 2
     returns = t(*[row["score"] for row in rows for _ in range(row["length"])])
     expected = 1 - (returns ** 2).mean() / returns.var(correction=0)
     assert column(tmp_path, "explained_variance") == pytest.approx([expected.item()], abs=1e-3)
