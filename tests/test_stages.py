@@ -35,7 +35,7 @@ import sft
 from common import InputError, read_jsonl
 from data import tokenizer_of
 from discriminator import load_discriminator
-from model import load_model, load_reward_model, save_model
+from model import LanguageModel, load_model, load_reward_model, save_model
 
 PROGRAMS = STAGES | {"evaluate": evaluate, "sample": sample}
 MODULES = ["common", "optim", "model", "data", "puns", "lora", *PROGRAMS]
@@ -321,6 +321,26 @@ def test_a_gpu_repeats_the_steps_that_it_has_recorded(chain, tmp_path, module, c
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["step"] == 8
     assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize("module", [ppo, gan, dpo])
+def test_pads_are_no_sampled_tokens(chain, tmp_path, monkeypatch, module):
+    """What is counted for tokens per second."""
+    sampled, counted = [], []
+    generate, finish = LanguageModel.generate, common.Run.finish
+
+    def spy(model, *args, **options):
+        response, *rest = generate(model, *args, **options)
+        sampled.append(response != model.pad_token_id)
+        return response, *rest
+
+    monkeypatch.setattr(LanguageModel, "generate", spy)
+    monkeypatch.setattr(common.Run, "finish",
+                        lambda run: counted.append(run.sampled_tokens) or finish(run))
+    starts = starts_of(chain)
+    online = {"online": starts["reward"], "group_size": 2} if module is dpo else {}
+    module.train(tiny(module, tmp_path, max_steps=1, max_new_tokens=16, **starts, **online))
+    assert not sampled[0].all() and counted == [sampled[0].sum()]
 
 
 @pytest.mark.parametrize("module", [sft, reward_model, dpo])
