@@ -149,6 +149,8 @@ def test_the_report_is_written(runs):
     assert not list(folder.glob("*.tmp"))
     samples = read_jsonl(folder / "report_samples.jsonl")
     n = collections.Counter(sample["policy"] for sample in samples)
+    prompts = [sample["prompt"] for sample in samples if sample["policy"] == "ppo"]
+    assert prompts != sorted(prompts)                           # the first few are of many topics
     assert n["sft"] == n["ppo"] == 24 and n["best of 2"] == 2 * n["best of 4"]
     scores = [sample["score"] for sample in samples if sample["policy"] == "ppo"]
     assert ppo_row["score"] == pytest.approx(sum(scores) / 24)

@@ -87,6 +87,10 @@ def test_dropout_acts_in_training_alone(name, n_calls):
             module.register_forward_hook(lambda m, x, y: calls.append(m.p))
     assert not torch.equal(model.train()(PROMPT, RESPONSE), model(PROMPT, RESPONSE))
     assert calls == [0.5] * n_calls * 2
+    if name == "gpt":                       # its positions are dropped along with the embeddings
+        model.h, model.ln_f = nn.ModuleList(), nn.Identity()
+        embedded = model.run_blocks(torch.zeros(1, 9, 32), None, torch.arange(9)[None])
+        assert 0.3 < (embedded == 0).float().mean() < 0.7
 
 
 def test_texts_up_to_the_block_and_no_longer(model):

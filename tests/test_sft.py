@@ -88,6 +88,7 @@ def test_it_learns_and_says_how_well(tmp_path):
     assert val_nll[2] < 0.7 * val_nll[0] and loss[-1] < 0.3 * loss[0]
     assert val_nll[2] == pytest.approx(nlls_of(model, VAL)[0].mean().item(), 1e-3)
     assert loss[0] == pytest.approx(math.log(model.config.vocab_size), abs=0.1)
+    assert not any("kl" in row or "score" in row for row in rows)   # from what, and by whom?
     samples = read_jsonl(tmp_path / "samples.jsonl")
     assert [row["prompt"] for row in samples[:4]] == [row["prompt"] for row in VAL]
     assert "About cat:" in (tmp_path / "samples.txt").read_text(encoding="utf-8")

@@ -343,6 +343,20 @@ def test_pads_are_no_sampled_tokens(chain, tmp_path, monkeypatch, module):
     assert not sampled[0].all() and counted == [sampled[0].sum()]
 
 
+def test_what_the_optimizers_remember(chain, tmp_path, monkeypatch):
+    """PPO's eps is larger (https://arxiv.org/abs/2005.12729), also where it trains a GAN. D, and D
+    alone, has a beta1 of .5, and decays."""
+    found = []
+    spy = functools.partial(lambda adamw, groups, **options: found.append(
+        (options["betas"], options["eps"], groups[0]["weight_decay"])) or adamw(groups, **options),
+        torch.optim.AdamW)
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    for module in (ppo, gan):
+        module.train(tiny(module, tmp_path / module.__name__, max_steps=1, **starts_of(chain)))
+    policy = ((0.9, 0.99), 1e-5, 0.0)
+    assert found == [policy, policy, ((0.5, 0.99), 1e-8, 0.01)]
+
+
 @pytest.mark.parametrize("module", [sft, reward_model, dpo])
 def test_compile_changes_no_number(sft_ckpt, tmp_path, monkeypatch, module):
     """The step is traced, but no code is generated, since that takes a minute."""
