@@ -19,7 +19,7 @@ PYTHON ?= python3
 PY     := .venv/bin/python
 ARCH   ?= gpt
 SEED   ?= 1337
-GPU    := $(if $(filter gpt,$(ARCH)),$(shell nvidia-smi -L 2>/dev/null))
+GPU    := $(if $(filter gpt,$(ARCH)),$(filter GPU,$(shell nvidia-smi -L 2>/dev/null)))
 OWN    := $(if $(GPU),gpu,cpu)
 SIZE   ?= $(OWN)
 # What a plain make trains here is in runs/, and all else in a folder of its own, so that nothing is

@@ -100,7 +100,7 @@ class TrainOptions(Options):
 # meaning, so one table serves all stages.
 RANGES = {
     (1, 1e6): "batch_size minibatch_size d_batch_size grad_accum group_size max_new_tokens n_layer "
-              "n_head n_embd block_size samples n best_of",
+              "n_head n_embd block_size samples n best_of words comparisons",
     (1, math.inf): "max_steps ppo_epochs eval_interval log_interval sample_interval corpus_size",
     (0, math.inf): "lr d_lr weight_decay grad_clip warmup_steps n_inner lora top_k temperature "
                    "simpo_gamma margin centering kl_coef target_kl vf_coef d_steps "

@@ -80,7 +80,7 @@ def fetch(name: tyro.conf.Positional[Literal["semeval", "expun"]],
         if ".tar" in path.name:
             shutil.unpack_archive(path, folder, filter="data")     # nothing outside the folder
     write_text(folder / "LICENCE.txt", licence + "\n")
-    print(f"next: python -m real.corpora {name} {folder} data/{name}")
+    print(f"as records: python -m real.corpora {name} {folder} {folder}/records")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -219,11 +220,12 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch, size, lr_of_ppo):
     monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=toy_puns()))
     pretrained.export(sft_ckpt, str(tmp_path / "init"))
     folder = tmp_path / "real"
-    (*lines, report_line, story_line), errors = make(
+    (info, *lines, report_line, story_line), errors = make(
         "-f", "real/Makefile", f"R={folder}", f"SIZE={size}", "SEED=5",
         f"INIT={tmp_path / 'init'}", f"SEMEVAL={tmp_path}", f"EXPUN={tmp_path}",
         "-o", ".venv/ready", "-o", ".venv/ready-real", "real")
     assert not errors
+    assert info == f"SIZE={size} SEED=5: into {folder}/"
     assert len(lines) == 11
     for line in lines:
         run_line(line)
@@ -282,6 +284,23 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch, size, lr_of_ppo):
     assert story["people"]["uses the word"] == 1
     assert {name: len(rows) for name, rows in story["runs"].items()} == {
         name: len(points) for name, points in report["curves"].items()}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_real_fetches_what_is_not_at_hand(tmp_path):
+    """The licenses are accepted by yes alone. Options on the command line take the place of all,
+    but for what makes the weak penalty weak."""
+    def lines(*arguments):
+        found = make("-f", "real/Makefile", f"R={tmp_path}", *arguments)[0]
+        return [line.partition("python ")[2] for line in found]
+
+    both = ["-m real.fetch semeval", "-m real.fetch expun"]
+    for accept, option in (("", " "), ("no", " "), ("yes", " --accept_licence")):
+        found = [line for line in lines(f"ACCEPT={accept}") if "real.fetch" in line]
+        assert found == [line + option for line in both]
+    assert [line for line in lines("SEMEVAL=at_hand") if "real.fetch" in line] == [both[1] + " "]
+    weak, = (line for line in lines("PPO=--max_steps 9") if "ppo_weak_kl" in line)
+    assert weak.endswith("--max_steps 9 --kl_coef 0.005")
 
 
 def test_no_text_is_compared_with_the_draws_that_it_was_picked_from(tmp_path, monkeypatch):

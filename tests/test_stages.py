@@ -220,6 +220,9 @@ def test_make_runs_each_size_with_options_that_fit(size, arch):
         assert {name for name in a if a[name] != b[name]} <= TINY_OPTIONS
 
 
+REAL = ["-f", "real/Makefile"]
+
+
 @pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="needs make and sh")
 @pytest.mark.parametrize("arguments, has_gpu, first_line", [
     ([], False, "SIZE=cpu ARCH=gpt SEED=1337: into runs/"),
@@ -230,11 +233,18 @@ def test_make_runs_each_size_with_options_that_fit(size, arch):
     (["ARCH=t5"], True, "SIZE=cpu ARCH=t5 SEED=1337: into runs/t5-1337/"),
     (["SEED=7"], False, "SIZE=cpu ARCH=gpt SEED=7: into runs/gpt-7/"),
     (["SIZE=big"], False, "SIZE is cpu or gpu, not 'big'"),
-    (["SIZE=gpu", "ARCH=t5"], False, "SIZE=gpu has options for ARCH=gpt alone")])
+    (["SIZE=gpu", "ARCH=t5"], False, "SIZE=gpu has options for ARCH=gpt alone"),
+    (REAL, False, "SIZE=cpu SEED=1337: into runs/real/"),
+    (REAL, True, "SIZE=gpu SEED=1337: into runs/real/"),
+    ([*REAL, "SIZE=cpu"], True, "SIZE=cpu SEED=1337: into runs/real-cpu/"),
+    ([*REAL, "SEED=7"], False, "SIZE=cpu SEED=7: into runs/real-7/"),
+    ([*REAL, "SIZE=big"], False, "SIZE is cpu or gpu, not 'big'"),
+    ([*REAL, "TINY=1"], False, "make real has no TINY=1")])
 def test_make_says_what_it_does(tmp_path, arguments, has_gpu, first_line):
     """Another size, architecture, or seed has a folder of its own: nothing is taken for another."""
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\n{'echo GPU 0' if has_gpu else 'exit 1'}\n", encoding="utf-8")
+    says = "echo GPU 0: a name" if has_gpu else "echo NVIDIA-SMI has failed; exit 9"
+    program.write_text(f"#!/bin/sh\n{says}\n", encoding="utf-8")
     program.chmod(0o755)
     lines, error = make(*arguments, path=str(tmp_path))
     assert (lines[0] == first_line) if lines else first_line in error
