@@ -185,6 +185,15 @@ def average_over_processes(x):
     return x / world_size()
 
 
+def gather(x):
+    """[the tensor x of each process], by rank."""
+    if world_size() == 1:
+        return [x]
+    gathered = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(gathered, x)
+    return gathered
+
+
 def agreed(flag):
     """True if the flag is True in any process: all of them must take the same steps."""
     return average_over_processes(torch.tensor(float(flag))).item() > 0
@@ -377,6 +386,7 @@ class Run:
         self.dtype = pick_dtype(config, device)
         # config.json says what was used, where an option was left to the machine.
         self.used = {"device": device.type, "dtype": self.dtype}
+        self.options = self.config | self.used | {"processes": world_size()}
         self.state_path = self.folder / "state.pt"
         log_folder = self.folder if rank() == 0 else None
         self.metrics_path = log_folder / "metrics.jsonl" if log_folder else Path(os.devnull)
@@ -419,7 +429,7 @@ class Run:
 
     def _save(self):
         state = {"parts": {name: _get_state(part) for name, part in self.parts.items()}}
-        state["config"] = self.config | self.used       # a state of a GPU is of no use elsewhere
+        state["config"] = self.options                  # a state of a GPU is of no use elsewhere
         state["data"] = self.data
         state["step"] = self.step
         state["seconds"] = time.time() - self.started
@@ -443,8 +453,8 @@ class Run:
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
             changed = "data" if state["data"] != self.data else ""
-            if state["config"] != self.config | self.used:
-                changed = "options, or on another device"
+            if state["config"] != self.options:
+                changed = "options, or on other devices"
             if not changed:
                 self._restore(state)
                 return
@@ -539,14 +549,16 @@ class Run:
 def _get_state(part):
     if isinstance(part, torch.Tensor):
         return part
-    return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+    if isinstance(part, torch.Generator):
+        return gather(part.get_state())                 # each process has its own: make_rng()
+    return part.state_dict()
 
 
 def _set_state(part, state):
     if isinstance(part, torch.Tensor):
         part.copy_(state)
     elif isinstance(part, torch.Generator):
-        part.set_state(state)
+        part.set_state(state[rank()])
     else:
         part.load_state_dict(state)
 

@@ -204,7 +204,7 @@ def test_tokens_per_second(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, what", [
-    (dict(lr=9.0), "options, or on another device"), (dict(shift=1), "data"),
+    (dict(lr=9.0), "options, or on other devices"), (dict(shift=1), "data"),
     (dict(data="new"), "data")])
 def test_other_options_or_data_start_over(tmp_path, capsys, changes, what):
     """The data are those of the batches and of all files that the options name."""

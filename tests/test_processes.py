@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, RUN_FILES, STAGES, TINY_SFT, no_curves, records, same, starts_of, tiny
+from conftest import (
+    CPU,
+    ROOT,
+    RUN_FILES,
+    STAGES,
+    TINY_SFT,
+    no_curves,
+    records,
+    same,
+    starts_of,
+    tiny,
+)
 
 import common
 import sft
@@ -113,12 +124,34 @@ def test_only_one_of_them_writes_and_speaks(runs):
         assert steps == sorted(steps) and steps.count(1) == 1
 
 
+def test_each_goes_on_with_random_numbers_of_its_own(runs):
+    """A run that stopped after its second step draws what it would have drawn."""
+    _, notes, _, _ = runs
+    for note in notes:
+        assert note["resumed"] == note["whole"][2:] and len(note["whole"]) == 4
+    assert not set(notes[0]["whole"]) & set(notes[1]["whole"])
+
+
+def draws(folder, n_steps=4):
+    """What a run of 4 steps draws that is stopped after n_steps, or goes on."""
+    config = sft.Config(out_dir=str(folder), max_steps=4, **CPU)
+    rng, numbers = common.make_rng("cpu", config.seed), []
+    for step in common.Run("toy", config).steps(1, rng=rng):
+        if step == n_steps:
+            break
+        numbers.append(torch.rand(1, generator=rng).item())
+    return numbers
+
+
 def main(root):
     """What each process does: all stages, one after the other."""
     notes = {}
     for name, config in configs(root, batch_size=8).items():
         with pytest.MonkeyPatch.context() as patch:
             notes[name] = train_and_note(config, patch)
+    notes["whole"] = draws(root / "whole")
+    draws(root / "stopped", n_steps=2)
+    notes["resumed"] = draws(root / "stopped")
     torch.save(notes, root / f"notes{common.rank()}.pt")
 
 
