@@ -191,7 +191,7 @@ def orpo_loss(pair, config):
 
 
 def log_odds_of(logp):
-    """log(p / (1 - p)) of a log-probability, stable near p = 0."""
+    """log(p / (1 - p)) of a log-probability, stable near p = 1."""
     return logp - torch.log(-torch.expm1(logp))                         # log p - log(1 - p)
 
 
@@ -359,7 +359,7 @@ def has_labels(path):
     for _, line in read_lines(path):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         return isinstance(row, dict) and "label" in row
     return False

@@ -26,7 +26,7 @@ distribution.
     make gans           gumbel, and hidden after discriminator.py --reads states --lstm
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -153,9 +153,9 @@ def exact_kl(logits, ref_logits, mask):
 
 def differentiable_loss(policy, reference, discriminator, prompt, response, config, rng=None):
     """G's loss by gumbel or hidden, for sampled responses: mean of kl_coef KL - objective."""
-    logits = policy(prompt, response)                                   # (B, R, V)
+    logits = policy(prompt, response).float() / config.temperature      # (B, R, V)
     with torch.no_grad():
-        ref_logits = reference(prompt, response)                        # (B, R, V)
+        ref_logits = reference(prompt, response).float() / config.temperature   # (B, R, V)
     if config.estimator == "gumbel":
         one_hot = straight_through(logits, response, policy.pad_token_id, config.tau, rng)
         embeddings = soft_embeddings(discriminator.model, response, one_hot)
@@ -222,6 +222,8 @@ def train(config):
     Raises InputError for unusable input."""
     device, autocast = setup(config)
     check_config(config)
+    if config.estimator != "reinforce":     # a penalty has no gradient: the objective is D's alone
+        config = replace(config, missing_eos_penalty=0.0)
     policy = load_model(config.init, device)
     reference = freeze(load_model(config.init, device), config)
     tok, rng = tokenizer_of(policy), make_rng(device, config.seed)

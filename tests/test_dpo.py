@@ -318,3 +318,6 @@ def test_good_and_bad_responses_count_equally(tmp_path, tok):
     for message, bad in refused.items():
         with pytest.raises(InputError, match=message):
             dpo.load_records(config(data=records(tmp_path / "a.jsonl", bad), loss="kto"), tok)
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000, encoding="utf-8")
+    refuses("deep.jsonl:1: this line is not JSON", dpo.load_records,
+            config(data=str(tmp_path / "deep.jsonl"), loss="kto"), tok)

@@ -108,15 +108,16 @@ def test_the_loss_is_kl_minus_objective(estimator):
     """A second computation. D reads what the policy wrote, with a gradient to its logits; or the
     states with which it reads that. The reference gets no gradient."""
     policy, reference, disc = awake(toy(3)), awake(toy(4)), disc_of(reads=reads_of(estimator))
-    logits = policy(PROMPT, RESPONSE)
+    logits = policy(PROMPT, RESPONSE) / 0.7
     if estimator == "gumbel":
         one_hot = gan.straight_through(logits, RESPONSE, PAD, 2.0, rng_of())
         embeddings = gan.soft_embeddings(disc.model, RESPONSE, one_hot)
         verdict = disc(PROMPT, RESPONSE, embeddings=embeddings)
     else:
         verdict = disc(PROMPT, RESPONSE, states_for(disc, policy, PROMPT, RESPONSE))
-    kl = gan.exact_kl(logits, reference(PROMPT, RESPONSE), MASK)
-    loss = loss_of(policy, reference, disc, config(estimator=estimator, kl_coef=0.5, tau=2.0))
+    kl = gan.exact_kl(logits, reference(PROMPT, RESPONSE) / 0.7, MASK)
+    cfg = config(estimator=estimator, kl_coef=0.5, tau=2.0, temperature=0.7)
+    loss = loss_of(policy, reference, disc, cfg)
     expected = (0.5 * kl - F.logsigmoid(verdict)).mean()
     close(loss, expected)
     gradients = (torch.autograd.grad(x, policy.h.parameters(), retain_graph=True)
@@ -245,6 +246,15 @@ def test_g_learns_what_d_takes_for_real(tmp_path, sft_ckpt, discs, estimator):
     assert kl > 0.3 * found["kl"][-1] and after > before + 0.2 and "d_loss" not in found
     unchanged = load_discriminator(tmp_path / "discriminator.pt")
     assert all(map(torch.equal, unchanged.parameters(), judge.parameters()))
+
+
+def test_only_reinforce_pays_for_a_missing_end(tmp_path, sft_ckpt, discs):
+    """What is logged of the same texts differs by the penalty: D's verdict, or a reward."""
+    first = {name: run_of(tmp_path, sft_ckpt, discs, name, max_steps=1, **changes)
+             for name, changes in (("gumbel", {}), ("reinforce", dict(missing_eos_penalty=1.0)))}
+    missing = 1 - first["gumbel"]["ended"][0]
+    assert missing > 0 and first["gumbel"]["objective"][0] == pytest.approx(
+        first["reinforce"]["objective"][0] + missing)
 
 
 @pytest.mark.parametrize("estimator", ["reinforce", "hidden"])
