@@ -80,7 +80,7 @@ ifdef TINY
   EVAL   += --samples 32 --best_of 2
 endif
 
-.PHONY: all gans compare real notebooks test ruff clean
+.PHONY: all gans compare real notebooks test ruff bench clean
 all: $R/report.json
 
 $R/sft/ckpt.pt: | .venv/ready

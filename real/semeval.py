@@ -3,7 +3,7 @@ Puns that people wrote and rated: SemEval-2017 task 7 and ExPUNations, and what 
 
     load_semeval, load_expun   their files -> Puns; people call them through corpora.load()
     records_of(puns, shape)    Puns -> the records that stages read
-    rated_pairs(puns)          two texts that the same people rated, the funnier one first
+    rated_pairs(puns, margin)  two texts that the same people rated, the funnier one first
     detection_pairs(puns)      a pun, and a text of its kind and length that is not a pun
     depun(pun)                 a minimal pair: `I knead dough.` without its pun is `I need dough.`
     put_word(pun, word)        any other word in place of the pun word
@@ -276,7 +276,7 @@ def records_of(puns, shape):
     return records, {"nobody rated it" if shape == "rating" else "it is not a pun": left_out}
 
 
-def rated_pairs(puns, min_margin=0.8):
+def rated_pairs(puns, min_margin):
     """Yields (better, worse, margin, share) for pairs of texts that the same people rated.
 
     Raters differ too much to compare texts that different people rated. margin: difference of the
