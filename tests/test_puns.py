@@ -3,6 +3,8 @@
 import math
 import random
 import re
+import runpy
+import sys
 from collections import Counter
 
 import pytest
@@ -175,38 +177,61 @@ def test_held_out_pairs_are_in_no_training_set():
 
 
 def test_each_thing_keeps_a_pun_to_learn(tmp_path, monkeypatch):
+    """The same in each run of Python, so that no stage learns what another holds out."""
     monkeypatch.setattr(puns, "HELD_OUT", 1.0)
     w = World(write_lexicon(tmp_path))
     assert [len(phrases) for phrases in w.train_puns.values()] == [1, 1, 1]
-    assert len(w.held_out) == 3         # of 3 things with 2 phrases each
+    # Of 3 things with 2 phrases each, in the order of the checksums; hash() would give others.
+    assert [(thing.name, phrase.text) for thing, phrase in w.held_out] == [
+        ("banker", "cash in one's chips"), ("oven", "rise to the loaf"),
+        ("teller", "cash in one's chips")]
 
 
 def test_corpus_mix():
-    """30 % puns, 35 % mismatches, 35 % literals; the standard error is 0.5 %."""
+    """30 % puns, 35 % mismatches, 35 % literals; the standard error is 0.5 %. Persons come in all
+    frames."""
     w, n = world(), 10_000
-    texts = [record["completion"].removeprefix(" ") for record in w.corpus(n, seed=7)]
-    counts = Counter(kind_of(w.parse(text)) for text in texts)
+    parses = [w.parse(record["completion"].removeprefix(" ")) for record in w.corpus(n, seed=7)]
+    counts = Counter(map(kind_of, parses))
     assert sum(MIX.values()) == pytest.approx(1)
-    for kind, share in MIX.items():
+    for kind, share in dict(pun=0.30, mismatch=0.35, literal=0.35).items():
         assert counts[kind] / n == pytest.approx(share, abs=0.02)
+    persons = [parse.frame for parse in parses if parse.thing.kind == "person"]
+    assert set(persons) == set(w.frames)
 
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_mix_of_comparisons(held_out):
     """What wins is of the kinds of CHOSEN_MIX. Of what loses 15 % is broken where a pun wins, and
-    85 % elsewhere; the standard errors are 1 % and 2 %."""
-    w, n, chosen, broken = world(), 1500, Counter(), Counter()
+    85 % elsewhere; the standard errors are 1 % and 2 %. Mismatches and literals lose to puns alike,
+    and the worst of a ranking is broken as often as it is off topic."""
+    w, n, chosen, broken, worse = world(), 1500, Counter(), Counter(), Counter()
     for record in w.preferences(n, seed=7, held_out=held_out):
         kind = kind_of(w.parse(record["chosen"][1:]))
         chosen[kind] += 1
-        broken[kind == "pun"] += w.parse(record["rejected"][1:]) is None
+        parse = w.parse(record["rejected"][1:])
+        broken[kind == "pun"] += parse is None
+        worse[kind, parse and kind_of(parse)] += 1
     for kind, share in puns.CHOSEN_MIX.items():
         assert chosen[kind] / n == pytest.approx(share, abs=0.03)
     assert broken[True] / chosen["pun"] == pytest.approx(.15, abs=0.04)
     assert broken[False] / (n - chosen["pun"]) == pytest.approx(.85, abs=0.08)
+    for kind in ("mismatch", "literal"):
+        assert worse["pun", kind] / chosen["pun"] == pytest.approx(.35, abs=0.05)
     ranked = [[w.parse(text[1:]) for text in r["ranked"]] for r in w.rankings(300, seed=7)]
     assert {kind_of(middle) for _, middle, _ in ranked} == {"mismatch", "literal"}
     assert {kind_of(worst) for *_, worst in ranked if worst} == set(MIX)
+    assert sum(worst is None for *_, worst in ranked) / 300 == pytest.approx(.5, abs=0.1)
+
+
+@pytest.mark.parametrize("kind", MIX)
+def test_a_broken_or_off_topic_text_is_of_the_kind_of_the_better_one(monkeypatch, kind):
+    w, rng = world(), random.Random(4)
+    monkeypatch.setattr(w, "damage", lambda rng, text: text)    # else it has no parse
+    for thing in w.things[:30]:
+        parses = [w.parse(w.worsen(rng, thing, kind, how)) for how in ("broken", "off topic")]
+        assert [kind_of(parse) for parse in parses] == [kind, kind]
+        assert [parse.thing == thing for parse in parses] == [True, False]
 
 
 def test_better_texts_are_better(tiny_world):
@@ -299,6 +324,7 @@ def test_entropy_by_enumeration(tiny_world):
     ("topics", " | curiosity", "", "topics.txt:3", "a pun is: phrase with its *pun word*"),
     ("topics", "lose *interest*", "Lose *interest*!", "topics.txt:3", "without punctuation"),
     ("topics", "object oven\n", "", "topics.txt:5", "topic bread has no thing"),
+    ("topics", TINY["topics"].split("oven\n")[1], "", "topics.txt:5", "topic bread has no pun"),
     ("verbs", "rise rises rose risen rising\n", "", "topics.txt:8", "'rise' has no forms yet"),
     ("verbs", "rose risen", "rose", "verbs.txt:4", "five forms"),
     ("verbs", "move moves", "lose loses", "verbs.txt:5", "verb 'lose' is already defined at verbs"),
@@ -320,9 +346,12 @@ def test_mistakes_are_found_with_file_and_line(tmp_path, file, old, new, where, 
     assert any(re.match(f"{where}: .*{re.escape(reason)}", line) for line in mistakes), mistakes
 
 
-def test_a_missing_lexicon_file_is_named(tmp_path):
+def test_a_lexicon_file_that_cannot_be_read_is_named(tmp_path):
+    """It is missing, or it is not UTF-8."""
     write_lexicon(tmp_path)
     (tmp_path / "verbs.txt").unlink()
+    refuses("verbs.txt: cannot be read", World, tmp_path)
+    (tmp_path / "verbs.txt").write_bytes(b"\xff")
     refuses("verbs.txt: cannot be read", World, tmp_path)
 
 
@@ -334,8 +363,8 @@ def test_files_from_windows_are_read_alike(tmp_path, tiny_world):
 
 
 def test_check_command(tiny_world, monkeypatch, capsys):
-    """It counts what is there, and it names a sentence that does not parse back."""
-    w = tiny_world
+    """It counts what is there, and it names a sentence that does not parse back to its parts."""
+    w, parse = tiny_world, tiny_world.parse
     assert w.phrases[2].text == "knead a hug"
     assert (w.phrases[2].written, w.phrases[2].heard) == ("knead", "need")
     monkeypatch.setattr(puns, "world", lambda name: w)
@@ -344,8 +373,10 @@ def test_check_command(tiny_world, monkeypatch, capsys):
     assert "2 literal phrases, 2 frames in 2 families" in out
     assert "puns_large: 2 topics, 3 things, 4 pun phrases (1 of them heterographic)" in out
     assert "6 pairs make a pun, 1 of them are held out" in out      # 2 x 2 + 1 x 2; 0.15 of them
-    monkeypatch.setattr(w, "parse", lambda text: None)
-    refuses("ambiguous: 'I was a", puns.check)
+    other = parse("I was a teller until I lost interest.")
+    for found in (None, other):
+        monkeypatch.setattr(w, "parse", lambda text, found=found: found)
+        refuses("ambiguous: 'I was a", puns.check)
 
 
 def test_no_token_is_a_slur():
@@ -361,7 +392,22 @@ def test_sample_and_judge_commands(tiny_world, monkeypatch, capsys):
     assert len(lines) == 30
     assert any(line.endswith("a hug.   [knead/need: to work dough; to want]") for line in lines)
     refuses("--kind is one of pun, mismatch, literal, not 'joke'", puns.sample, kind="joke")
+    outputs = []
+    for kind, seed in (("literal", 0), ("literal", 1), ("mismatch", 0), ("pun", 0)):
+        puns.sample(kind=kind, seed=seed)
+        outputs.append(capsys.readouterr().out)
+        texts = [line.split("   [")[0] for line in outputs[-1].splitlines()]
+        assert {kind_of(tiny_world.parse(text)) for text in texts} == {kind}
+    assert outputs[0] != outputs[1]
     puns.judge("About a teller:", "I was a banker until I lost interest.")
     out = capsys.readouterr().out
     assert out.startswith("fluent True, on topic False, pun True\nframe  I was {a X}")
     assert out.endswith("thing  banker (banks)\nphrase lose interest (banks)\n")
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["puns.py", "sample", "--kind", "joke"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(puns.__file__, run_name="__main__")
+    assert stop.value.code == 2
+    assert re.fullmatch("error: --kind is one of .*, not 'joke'\n", capsys.readouterr().err)
