@@ -184,6 +184,7 @@ def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):
         return run_of(tmp_path, sft_ckpt, **dict(max_steps=1, lr=1e-2, warmup_steps=0) | changes)
 
     conftest.check_train_options(run, "accuracy", logged="loss")
+    run(reads="states", dtype="bfloat16")           # both sides of it in the same numbers
     # With targets of .1 and 0, the bias falls; with 1 and 0 it stays about where it was.
     assert run(label_smoothing=0.9)[1].classifier.bias < -0.9e-2
     plain = run()[1].classifier.weight
@@ -210,6 +211,8 @@ def test_reals_of_the_pun_world_are_puns(tok):
     rows = discriminator.load_reals(discriminator.Config(corpus_size=50), tok)
     assert len(rows) == 50
     assert all(world().judge(row["prompt"], row["completion"]).pun for row in rows)
+    others = discriminator.load_reals(discriminator.Config(corpus_size=50, seed=1), tok)
+    assert others != rows
 
 
 @pytest.mark.parametrize("reads", ["tokens", "states"])

@@ -9,7 +9,7 @@ import torch
 from conftest import close, ids, off, records, refuses, tiny, toy
 
 import reward_model
-from common import InputError, read_jsonl
+from common import InputError, check_options, read_jsonl
 from data import Batches, complete
 from model import RewardModel, load_model, load_reward_model, save_model
 from puns import world
@@ -87,6 +87,8 @@ def test_evaluation_is_the_mean_over_all_records():
     # A tie is neither right nor wrong: without the wrong records all is right.
     share = torch.where(right, 1.0, 0.5)
     assert table.evaluate(PAIR, share=share)["accuracy"] == 1
+    ties = table.evaluate(PAIR, share=torch.full((300,), 0.5))
+    assert all(map(math.isfinite, ties.values()))               # also where all are ties
     # Best 2, middle 0, worst 1: two of three pairs are in order; gaps 2, 1, -1.
     columns = [torch.full((4,), score) for score in (2.0, 0.0, 1.0)]
     metrics = Table(*columns).evaluate(["rank0", "rank1", "rank2"])
@@ -269,7 +271,9 @@ def test_comparisons_of_the_pun_world(tok):
     conftest.check_pun_world_pairs(load)
     ranked, val, fields = load(corpus_size=50, loss="ranking")
     assert fields == ["rank0", "rank1", "rank2"] and ranked[0]["rank0"] == ranked[0]["ranked"][0]
-    assert ranked != val[:50]
+    assert ranked != val[:50] and ranked != load(corpus_size=50, loss="ranking", seed=1)[0]
+    noisy = reward_model.Config(loss="ranking", noise=0.3)
+    refuses("--noise has no effect with --loss ranking", check_options, noisy)
     refuses("--loss is pairwise, ranking or regression", load, loss="hinge")
     refuses("needs ratings", load, loss="regression")
 

@@ -10,8 +10,8 @@ import torch.nn as nn
 from conftest import CPU, EOS, PAD, TINY_SFT, awake, close, ids, off, readable, records, tiny, toy
 
 import sft
-from common import InputError, read_jsonl
-from data import Batches, encode_records, tokenizer_of
+from common import InputError, check_options, read_jsonl
+from data import Batches, encode_records, tokenizer, tokenizer_of
 from model import load_model, logprobs, save_model
 
 # -----------------------------------------------------------------------------
@@ -145,8 +145,12 @@ def test_fine_tuning_has_defaults_of_its_own(tmp_path, sft_ckpt):
     assert used | dict(max_steps=11, warmup_steps=1, lr=1e-3) == used and list(val_nll) == [7, 11]
     used, _, _ = run("", **TINY_SFT | dict(max_steps=None, epochs=3, grad_accum=2))
     assert used["max_steps"] == 6           # 80 records in five batches of 16, two a step, thrice
-    plan = sft.plan_steps(sft.Config(grad_accum=1), 10)         # of a new model
+    plan = sft.plan_steps(sft.fill_in(sft.Config(), **sft.FROM_SCRATCH), 10)    # of a new model
     assert (plan.max_steps, plan.warmup_steps, plan.eval_interval) == (4000, 100, 500)
+    assert plan.lr == 6e-3 and 4000 * plan.batch_size * plan.grad_accum == plan.corpus_size
+    plan = sft.plan_steps(sft.Config(init="x", grad_accum=8), 3)        # less than one step
+    assert (plan.max_steps, plan.eval_interval) == (3, 1)
+    assert sft.plan_steps(sft.Config(grad_accum=1, epochs=0.01), 10).max_steps == 1
     with pytest.raises(InputError, match="leave one of them out"):
         run(epochs=1, max_steps=1)
 
@@ -160,12 +164,17 @@ def test_fine_tuning_has_defaults_of_its_own(tmp_path, sft_ckpt):
 
 def test_options_of_a_new_model(tmp_path):
     """Dropout acts in training, also after --init, and not where the model is measured."""
-    sizes = dict(n_layer=2, n_head=1, n_embd=16, n_inner=24, block_size=32, dropout=0.5)
+    sizes = dict(n_layer=3, n_head=1, n_embd=16, n_inner=24, block_size=32, dropout=0.5)
     new, model = run_of(tmp_path, "", lr=0.0, **sizes)
     for name, value in sizes.items():
         assert getattr(model.config, name) == value
+        with_init = sft.Config(init="x", **{name: value})
+        conftest.refuses(f"--{name} has no effect with --init x", check_options, with_init)
     assert model.config.arch == "gpt" and run_of(tmp_path / "t5", "", arch="t5")[1].encoder
-    noisy, _ = run_of(tmp_path / "noisy", str(tmp_path / "ckpt.pt"), lr=0.0)
+    init = str(tmp_path / "ckpt.pt")
+    noisy, _ = run_of(tmp_path / "noisy", init, lr=0.0)
+    long = records(tmp_path / "long.jsonl", [{"prompt": "Hi", "completion": "1 " * 19}] * 2)
+    conftest.refuses("block holds 32", run_of, tmp_path / "long", init, data=long)
     model.config.dropout = 0.0
     save_model(tmp_path / "calm.pt", model, tokenizer_of(model))
     calm, _ = run_of(tmp_path / "calm", str(tmp_path / "calm.pt"), lr=0.0)
@@ -173,6 +182,12 @@ def test_options_of_a_new_model(tmp_path):
         assert rows[0]["loss"] != pytest.approx(calm[0]["loss"], abs=1e-6)
         assert rows[1]["val_nll"] == pytest.approx(calm[1]["val_nll"], abs=1e-4)
         assert rows[1]["length"] == calm[1]["length"]
+
+
+def test_a_new_model_ends_texts_with_the_token_of_its_tokenizer():
+    for name in ("puns", "puns_large"):
+        model, _ = sft.make_model(sft.Config(tokenizer=name), "cpu")
+        assert model.config.eos_token_id == tokenizer(name).eos_token_id
 
 
 def test_the_pun_world_is_the_default_corpus(tok):
