@@ -3,8 +3,9 @@
     python tests/bench.py [NANOGPT]         or: make bench NANOGPT=folder
 
 NANOGPT is the folder with nanoGPT's model.py; the other peers are transformers, and TRL up to 1.12,
-the last one with PPO: pip install -e ".[bench]". What is missing is left out and named. All run in this process and in turn, round by round, since no
-machine is equally fast at all times: read the ratios, the medians of the rounds' own ratios.
+the last one with PPO: pip install -e ".[bench]". What is missing is left out and named. All run in
+this process and in turn, round by round, since no machine is equally fast at all times: read the
+ratios, the medians of the rounds' own ratios.
 """
 
 import contextlib
