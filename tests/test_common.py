@@ -2,10 +2,13 @@
 
 import dataclasses
 import errno
+import io
 import json
 import math
 import subprocess
 import sys
+import zlib
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import CPU, ROOT, RUN_FILES, STAGES, refuses, steps_with, without_times
+from matplotlib.figure import Figure
 
 import common
 import evaluate
@@ -31,6 +35,7 @@ from optim import adamw, optimizer_step
                                                      "give the same command again"),
     (PermissionError(errno.EACCES, "Denied", "x"), 2, "error: x: Denied: change its permissions, "
                                                       "or choose another place"),
+    (OSError(errno.EIO, "Broken", "x.tmp", None, "x"), 2, "error: x: Broken"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2,
      "error: the memory is full: lower --batch_size (or --minibatch_size)"),
     (MemoryError(), 2, "error: the memory is full: lower --batch_size (or --minibatch_size)"),
@@ -42,6 +47,18 @@ def test_an_error_is_one_sentence_and_an_exit_code(capsys, error, code, message)
     with pytest.raises(SystemExit) as stop:
         common.command_line(main)
     assert stop.value.code == code and capsys.readouterr().err == f"{message}\n"
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        common.command_line(lambda: torch.ones(2) + torch.ones(3))
+
+
+def test_a_console_without_emoji_stops_no_run(monkeypatch):
+    console = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(console, encoding="ascii"))
+    common.command_line(lambda: print("an owl 😀", flush=True))
+    assert console.getvalue().split() == [b"an", b"owl", b"\\U0001f600"]
 
 
 @pytest.mark.parametrize("options, message", [
@@ -70,6 +87,12 @@ def test_every_number_has_a_range_and_is_checked(module):
                 with pytest.raises(InputError, match=f"--{field.name} must be "):
                     common.check_options(module.Config(**{field.name: value}))
     common.check_options(module.Config())
+    # Nothing can be counted or divided by 0, and a negative rate learns the opposite.
+    sizes, rates = "batch_size n_layer n_head samples n max_steps log_interval", "lr d_lr kl_coef"
+    for value, names in ((0, sizes), (-1e-9, rates), (-1, "weight_decay warmup_steps")):
+        for name in names.split():
+            if hasattr(module.Config, name):
+                refuses(f"--{name} must be", common.check_options, module.Config(**{name: value}))
     if hasattr(module.Config, "temperature"):
         common.check_options(module.Config(temperature=1e-3))
 
@@ -117,6 +140,12 @@ def test_jsonl_comes_back(tmp_path):
     assert read_jsonl(tmp_path / "x.jsonl") == rows
     assert "naïve 😀" in (tmp_path / "x.jsonl").read_text(encoding="utf-8")
 
+
+def test_a_checksum_is_that_of_the_whole_file(tmp_path):
+    content = b"first" + bytes(2 ** 24)
+    (tmp_path / "x").write_bytes(content)
+    assert common.checksum_of_file(tmp_path / "x") == zlib.crc32(content)
+
 # -----------------------------------------------------------------------------
 # the folder of a run
 
@@ -124,6 +153,7 @@ def test_jsonl_comes_back(tmp_path):
 class Config(Options):
     out_dir: str = ""
     data: str = ""
+    init: str = ""
     max_steps: int = 10
     lr: float = 0.1
     READ_IF: ClassVar = []
@@ -173,7 +203,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(tmp_path):
     assert all((row["seconds"] >= 1000) == (row["step"] > 4) for row in rows)
     samples = [(folder / "samples.txt").read_text(encoding="utf-8") for folder in (stopped, whole)]
     rows = [read_jsonl(folder / "samples.jsonl") for folder in (stopped, whole)]
-    assert rows[0] == rows[1] and len(rows[0]) == 20
+    assert rows[0] == rows[1] and steps_with(rows[0], "loss") == sorted([*range(1, 11)] * 2)
     assert samples[0] == samples[1] and samples[0].count("step ") == 10
 
 
@@ -184,9 +214,13 @@ def test_config_json_says_what_was_used(tmp_path, monkeypatch):
     assert Config(**used) == Config(out_dir=str(tmp_path), device="cpu", dtype="bfloat16")
 
 
-def test_tokens_per_second(tmp_path, monkeypatch):
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_tokens_per_second(tmp_path, monkeypatch, n_processes):
     """12 tokens in 5 seconds; none in a row without new ones, as of a validation; 12 that were
-    read and 20 that were sampled in 4 seconds."""
+    read and 20 that were sampled in 4 seconds. In each process."""
+    monkeypatch.setattr(common, "world_size", lambda: n_processes)
+    monkeypatch.setattr(common.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(common, "average_over_processes", lambda x: x)
     now = [100.0]
     monkeypatch.setattr(common.time, "time", lambda: now[0])
     batches = Batches({"x": torch.ones(20, 3)}, 4, 99, "cpu", 0)
@@ -200,21 +234,22 @@ def test_tokens_per_second(tmp_path, monkeypatch):
         now[0] += seconds
         run.log(loss=1.0)
     rates = [row.get("tokens_per_second") for row in read_jsonl(tmp_path / "metrics.jsonl")]
-    assert rates == [round(12 / 5), None, round((12 + 20) / 4)]
+    assert rates == [round(n_processes * 12 / 5), None, n_processes * (12 + 20) / 4]
 
 
 @pytest.mark.parametrize("changes, what", [
     (dict(lr=9.0), "options, or on other devices"), (dict(shift=1), "data"),
-    (dict(data="new"), "data")])
+    (dict(data="new"), "data"), (dict(init="new"), "data")])
 def test_other_options_or_data_start_over(tmp_path, capsys, changes, what):
     """The data are those of the batches and of all files that the options name."""
-    (tmp_path / "data.jsonl").write_text("old", encoding="utf-8")
-    options = dict(data=str(tmp_path / "data.jsonl"))
+    options = {name: str(tmp_path / name) for name in ("data", "init")}
+    for path in options.values():
+        Path(path).write_text("old", encoding="utf-8")
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, stop_at=6, **options)
-    if text := changes.pop("data", ""):
-        (tmp_path / "data.jsonl").write_text(text, encoding="utf-8")
-    train(tmp_path, **options | changes)
+    for name in options.keys() & changes.keys():
+        Path(options[name]).write_text(changes[name], encoding="utf-8")
+    train(tmp_path, **changes | options)
     assert f"was saved with other {what}: starting over" in capsys.readouterr().out
     assert steps_with(without_times(tmp_path), "loss") == [*range(1, 11)]
 
@@ -233,6 +268,18 @@ def test_a_damaged_or_foreign_state_is_named_and_kept(tmp_path, content):
     assert (path.read_bytes(), (tmp_path / "metrics.jsonl").read_bytes()) == before
 
 
+def test_a_state_that_cannot_be_read_now_is_not_called_damaged(tmp_path):
+    (tmp_path / "state.pt").mkdir()
+    with pytest.raises(OSError):
+        train(tmp_path)
+
+
+def test_no_run_writes_over_what_it_starts_from(tmp_path):
+    init = str(tmp_path / "ckpt.pt")
+    refuses("ckpt.pt would be written over", train, tmp_path / "a" / "..", init=init)
+    train(tmp_path / "a", init=init)
+
+
 HOLD = "import sys, common; common.hold(sys.argv[1]); print(flush=True); input()"
 
 
@@ -247,6 +294,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_is_alive(tmp_path
         assert path.read_text(encoding="utf-8") == "{}\n"
         other.kill()
     train(tmp_path)
+    assert str(path) not in common.held             # the next one need not wait for a notebook
 
 
 @pytest.mark.parametrize("name, value, options, advice", [
@@ -268,10 +316,15 @@ def test_weights_that_are_not_finite_are_named_before_training(tmp_path):
         next(Run("toy", Config(out_dir=str(tmp_path), **CPU)).steps(4, policy=model))
 
 
-def test_curves_of_metrics_that_come_at_different_steps(tmp_path):
+def test_curves_of_metrics_that_come_at_different_steps(tmp_path, monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure)
+                        or savefig(figure, *args, **options))
     rows = [{"step": i, "seconds": 1.0, "loss": 2.0, f"m{i % 5}": 1.0} for i in range(9)]
     for name, content in (("curves", rows), ("none", [])):
         write_jsonl(tmp_path / "metrics.jsonl", content)
         plot_curves(tmp_path / "metrics.jsonl", tmp_path / f"{name}.png", "toy")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    steps = {axis.get_title(): [*axis.lines[0].get_xdata()] for axis in figures[0].axes[:6]}
+    assert steps["loss"] == [*range(9)] and steps["m1"] == [1, 6] and steps["m4"] == [4]
     assert not (tmp_path / "none.png").exists()
