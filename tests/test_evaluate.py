@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 from conftest import CPU, copies, records, refuses, toy, with_another_tokenizer
+from matplotlib.figure import Figure
 
 import evaluate
 from common import read_jsonl
@@ -93,7 +94,7 @@ def test_every_column_by_hand():
                     kl_ci=interval([2, 0, 0, 0]), score_ci=interval([1, 2, 6, 3]))
     assert found == pytest.approx(expected)
     assert format_cells(found)[:5] == ["x", "25.0 ± 49.0", "75.0", "50.0", "0.50 ± 0.98"]
-    assert format_cells(found)[5:7] == ["0.09", "+3.00 ± 2.12"] and format_cells(found)[7] == "75.0"
+    assert format_cells(found)[5:] == ["0.09", "+3.00 ± 2.12", "75.0", "0.139"]
 
 
 def test_without_a_judge_columns_are_unknown():
@@ -110,6 +111,27 @@ def test_training_curve(tmp_path):
     records(path, [{"step": 1, "loss": 2}, {"step": 2, "kl": 1.0},
                    {"step": 3, "pun": .5, "kl": 1.0}])
     assert [point["step"] for point in evaluate.training_curve(path)] == [3]
+
+
+def test_the_figure_shows_pun_rates_against_kl(tmp_path, monkeypatch):
+    """The dashed line at 50 %: ln(.5 / .25) / 2 + ln(.5 / .75) / 2 = .1438."""
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure)
+                        or savefig(figure, *args, **options))
+    rows = [row(policy=name, pun=pun, kl=kl)
+            for name, pun, kl in (("sft", .25, 0), ("best of 2", .5, .2), ("ppo", .75, 2))]
+    curve = [dict(step=7, pun=.5, kl=1.5)]
+    evaluate.draw_report(dict(p0=.25, rows=rows, curves={"ppo": curve}), tmp_path / "x.png")
+    bound, *lines = [line.get_xydata().tolist() for line in figures[0].axes[0].lines]
+    assert [kl for kl, percent in bound if percent == 50] == pytest.approx([.1438], abs=1e-4)
+    assert [line for line in lines if line] == [[[0, 25], [.2, 50]], [[0, 25]], [[1.5, 50]],
+                                                [[2, 75]]]
+
+
+def test_a_star_is_a_pun():
+    rows = [row(" A", pun=1.0, on_topic=0.0), row(" B")]
+    page = evaluate.markdown(dict(rows=[], sampling=""), {"ppo": rows})
+    assert "\n- * p A\n-   p B\n" in page
 
 # -----------------------------------------------------------------------------
 # the report
@@ -158,7 +180,9 @@ def test_the_report_is_written(runs):
 
 def test_the_same_seed_gives_the_same_report_and_says_what_is_left_out(runs, capsys, monkeypatch):
     folder, config = runs
+    _, alone = evaluate.evaluate(dataclasses.replace(config, best_of=()))
     report, samples = evaluate.evaluate(config)
+    assert samples["ppo"] == alone["ppo"]           # whatever else stands in the table
     first = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(report)) == first
     assert evaluate.markdown(report, samples) == (folder / "report.md").read_text(encoding="utf-8")
@@ -171,13 +195,16 @@ def test_the_same_seed_gives_the_same_report_and_says_what_is_left_out(runs, cap
                                                             for i in range(len(args[3]))])
     report, _ = evaluate.evaluate(config)
     assert report["p0"] == .25 and report["rows"][0]["min_kl"] == pytest.approx(math.log(4))
+    other = with_another_tokenizer(config.reward, folder / "foreign" / "reward_model.pt")
+    refuses("another tokenizer", evaluate.evaluate, dataclasses.replace(config, reward=other))
 
 
 def test_options_of_the_sampling(runs, tmp_path):
     """The best token alone: one text a prompt, and no bound on kl. The user's prompts are used."""
     folder, config = runs
     data = records(tmp_path / "prompts.jsonl", [{"prompt": "About a banker:"}, {"prompt": "Hi"}])
-    for changes in (dict(temperature=0.0), dict(top_k=1), dict(top_p=1e-6)):
+    for changes, how in ((dict(temperature=0.0), "temperature 0,"), (dict(top_k=1), "top_k 1,"),
+                         (dict(top_p=1e-6), "top_p 1e-06")):
         changes |= dict(data=data, samples=4, best_of=(), max_new_tokens=2)
         report, samples = evaluate.evaluate(dataclasses.replace(config, **changes))
         prompts = sorted(sample["prompt"] for sample in samples["ppo"])
@@ -185,6 +212,7 @@ def test_options_of_the_sampling(runs, tmp_path):
         assert len({sample["text"] for sample in samples["ppo"]}) <= 2
         assert all(sample["length"] <= 2 for sample in samples["ppo"])
         assert [r["policy"] for r in report["rows"]] == ["sft", "ppo"]
+        assert how in report["sampling"]
         assert report["rows"][1]["min_kl"] is report["p0"] is None and report["curves"] == {}
         assert all(math.isfinite(sample["kl"]) for sample in samples["ppo"])
     changes = dict(data=data, samples=4, best_of=(), max_new_tokens=8)

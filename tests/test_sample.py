@@ -1,6 +1,7 @@
 """Sampling: which policies, which prompt, and what stands beside a sample."""
 
 import io
+import os
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_options_of_the_sampling(runs, capsys):
 
 
 def test_the_best_of_n_becomes_records(runs, capsys, sft_ckpt, tok, monkeypatch):
-    """Of four samples for each prompt the one that the reward model scores highest."""
+    """Of four samples of the first policy for each prompt the one of the highest score."""
     prompts, how = ["About a banker:", "About an owl:"], dict(temperature=1.2, top_k=99, top_p=.99)
     policy = load_model(sft_ckpt)
     policy.wte.weight.data *= 1.1
@@ -70,7 +71,7 @@ def test_the_best_of_n_becomes_records(runs, capsys, sft_ckpt, tok, monkeypatch)
                    data=records("prompts.jsonl", [{"prompt": prompt} for prompt in prompts]))
     refuses("reward_model/ckpt.pt, which scores", output_of, capsys, **options)
     add_reward_model(sft_ckpt, tok)
-    out = output_of(capsys, **options)
+    out = output_of(capsys, **options | dict(policies=("policy.pt", "runs/ppo/ckpt.pt")))
     repeated = [prompt for prompt in prompts for _ in range(4)]
     rng = torch.Generator().manual_seed(sample.Config().seed)
     texts = complete(policy, tok, repeated, rng, off, **how)
@@ -114,6 +115,14 @@ def test_another_tokenizer_gets_no_score(runs, capsys, sft_ckpt, tok, monkeypatc
     assert "About a banker:" in out and "kl" not in out and "score" not in out
     with pytest.raises(InputError, match="another tokenizer than"):
         output_of(capsys, best_to="best.jsonl", policies=("runs/ppo/ckpt.pt",))
+    os.remove("runs/sft/ckpt.pt")                   # nor is there a score without a reference
+    out = output_of(capsys, prompt="a banker", policies=("runs/ppo/ckpt.pt",))
+    assert "About a banker:" in out and "score" not in out
+
+
+def test_options_without_an_effect_are_refused(capsys):
+    refuses("--data has no effect without --best_to", output_of, capsys, data="x")
+    refuses("--prompt has no effect with --best_to x", output_of, capsys, prompt="a", best_to="x")
 
 
 def test_no_policy_is_an_error(tmp_path, monkeypatch):
