@@ -192,6 +192,10 @@ def test_an_adapter_is_saved_alone_and_fits_its_own_trunk_alone(model, tmp_path,
     other = RewardModel(awake(load_model(tmp_path / "trunk.pt")), likelihood=0.1)
     with pytest.raises(InputError, match="this adapter was trained on another model"):
         lora.load_adapter(tmp_path / "reward.pt", other)
+    for weight in other.model.state_dict().values():
+        before = lora.fingerprint(other.model)
+        weight.mul_(1.1)                            # one weight is enough to make another trunk
+        assert lora.fingerprint(other.model) != before
     (tmp_path / "cut.pt").write_bytes((tmp_path / "reward.pt").read_bytes()[:-500])
     refuses("cut.pt is damaged", lora.load_adapter, tmp_path / "cut.pt", other)
     with pytest.raises(InputError, match="trunk.pt is not an adapter of this version"):

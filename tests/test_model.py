@@ -139,6 +139,9 @@ def test_a_new_model_knows_nothing(name):
         assert stds["h.0.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.05)
         assert stds["h.0.attn.c_proj.weight"] == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
         assert not model.h[0].mlp.c_fc.bias.any()
+    if name == "palm":
+        small = [stds["h.0.attn_proj.weight"], stds["h.3.mlp_proj.weight"]]
+        assert small == pytest.approx([0.02 / math.sqrt(8)] * 2, rel=0.05)
     if name == "t5-v1.1":
         assert stds["encoder.h.0.attn.q.weight"] == pytest.approx((128 * 32) ** -0.5, rel=0.05)
 
@@ -320,6 +323,8 @@ def test_normalize_gives_mean_0_and_deviation_1():
         scores = reward_model(PROMPT, RESPONSE)
         close(scores.mean(), torch.tensor(0.0))
         close(scores.std(correction=0), torch.tensor(1.0))
+    reward_model.normalize(torch.ones(2))           # of a policy that always writes the same
+    assert reward_model(PROMPT, RESPONSE).isfinite().all()
 
 # -----------------------------------------------------------------------------
 # load and save

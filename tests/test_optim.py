@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from conftest import EOS, PROMPT, RESPONSE, awake, close, toy
 
+import common
 import optim
 from common import InputError, TrainOptions
 from lora import prepare
@@ -131,6 +132,16 @@ def test_a_step_clips_the_gradient_of_this_loss(grad_clip, expected):
     norm = optimizer_step(1000 * model.weight.sum(), model, optimizer, grad_clip)
     assert norm == pytest.approx(1000)              # before the clip
     assert before - model.weight.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_gradients_of_two_processes_are_averaged_before_the_clip(monkeypatch):
+    """1000 here and -400 in the other process: 300."""
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(common.dist, "all_reduce", lambda x: x.sub_(400))
+    model = nn.Linear(1, 1, bias=False)
+    optimizer, before = torch.optim.SGD(model.parameters(), lr=1.0), model.weight.item()
+    assert optimizer_step(1000 * model.weight.sum(), model, optimizer, 500.0) == pytest.approx(300)
+    assert before - model.weight.item() == pytest.approx(300, rel=1e-4)
 
 # -----------------------------------------------------------------------------
 # recorded steps, on a GPU alone
