@@ -1,5 +1,6 @@
 """DPO and its relatives: every loss by hand, summed log-probs, and what a run learns."""
 
+import dataclasses
 import math
 
 import conftest
@@ -38,6 +39,7 @@ BY_HAND = [
     ("cdpo", {}, .63596, math.log(2)),          # .9 * .62096 + .1 * .77096
     ("robust", {}, .60221, math.log(2)),        # (.9 * .62096 - .1 * .77096) / .8
     ("hinge", {}, .85, 1),                      # 1 - .15
+    ("hinge", {"beta": 1.0}, 0, 1),             # a margin of 1.5 is enough
     ("ipo", {}, 12.25, 25),                     # (1.5 - 5)^2
     ("ipo_mean", {}, 23.4014, 25),              # (-1 + 1.1) - (-1.5 + 1.4375) = .1625, less 5
     ("simpo", {"beta": 2.0}, .47408, None),     # -log sigmoid(2 (-1 + 1.5) - .5)
@@ -63,6 +65,16 @@ def test_every_loss_by_hand(loss, options, expected, at_start):
 
 def test_all_losses_are_tested():
     assert {row[0] for row in BY_HAND} == set(LOSSES)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("logps", [(-9000.0, -1e-8), (-1e-8, -9000.0)])
+def test_a_text_that_is_impossible_or_known_by_heart(loss, logps):
+    """Losses and gradients stay finite, where exp() rounds a probability to 0 or to 1."""
+    chosen, rejected = (torch.tensor([logp], requires_grad=True) for logp in logps)
+    pair = PAIR._replace(chosen_logps=chosen, rejected_logps=rejected)
+    found = LOSSES[loss](pair, config())
+    assert all(x.isfinite() for x in (found, *torch.autograd.grad(found, [chosen, rejected])))
 
 
 def test_kto_by_hand_with_a_kl():
@@ -247,10 +259,11 @@ def test_online_dpo_learns_what_the_reward_model_likes(tmp_path, sft_ckpt, monke
         return -lengths
 
     monkeypatch.setattr(dpo, "load_frozen_reward_model", lambda *args: reward)
-    prompts = [{"prompt": f"About a {thing}:"} for thing in THINGS]
+    prompts = [{"prompt": f"About a {thing}:"} for thing in THINGS[:8]]
     rows = run_of(tmp_path, sft_ckpt, data=records(tmp_path / "prompts.jsonl", prompts),
-                  val_data="", online="short.pt", max_new_tokens=12, max_steps=16,
-                  eval_interval=16, lr=5e-3)
+                  online="short.pt", max_new_tokens=12, max_steps=16, eval_interval=16, lr=5e-3)
+    samples = read_jsonl(tmp_path / "samples.jsonl")
+    assert {row["prompt"] for row in samples} == {"About a judge:"}     # of --val_data
     steps = [row for row in rows if "loss" in row]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert steps[-1]["score"] > steps[0]["score"] + 2
@@ -268,8 +281,8 @@ def test_online_dpo_needs_a_reward_model_of_the_same_tokens(tmp_path, sft_ckpt, 
 
 
 def test_options_of_training_and_of_the_losses(tmp_path, sft_ckpt):
-    """At the start h = 0: DPO's gradient is beta / 2 that of h, and cdpo's 1 - 2 smoothing of it.
-    """
+    """At the start h = 0: DPO's gradient is beta / 2 that of h, cdpo's 1 - 2 smoothing of it, and
+    robust's 1 / (1 - 2 smoothing) of it."""
     def run(**changes):
         return run_of(tmp_path, sft_ckpt, max_steps=1, **changes)[0]
 
@@ -281,6 +294,11 @@ def test_options_of_training_and_of_the_losses(tmp_path, sft_ckpt):
     assert run(beta=1.0)["grad_norm"] == pytest.approx(2 * norm, rel=1e-3)
     smooth = run(loss="cdpo", label_smoothing=0.3)["grad_norm"]
     assert smooth == pytest.approx(0.4 * norm, rel=1e-3)
+    robust = run(loss="robust", label_smoothing=0.3)["grad_norm"]
+    assert robust == pytest.approx(norm / 0.4, rel=1e-3)
+    for loss in ("cdpo", "robust"):
+        refuses("--label_smoothing must be below 0.5", run, loss=loss, label_smoothing=0.5)
+    assert run(batch_size=4)["grad_norm"] != pytest.approx(norm, rel=1e-2)      # of half the pairs
     start = load_model(sft_ckpt)
     pair = pair_of(start, start, pairs_about(THINGS[:8]))
     expected = LOSSES["simpo"](pair, dpo.Config(simpo_gamma=2.0)).mean().item()
@@ -293,7 +311,11 @@ def test_options_of_training_and_of_the_losses(tmp_path, sft_ckpt):
 
 
 def test_pairs_of_the_pun_world(tok):
+    """KTO takes the same pairs."""
     conftest.check_pun_world_pairs(lambda **options: dpo.load_records(config(**options), tok))
+    small = config(corpus_size=20)
+    kto = dpo.load_records(dataclasses.replace(small, loss="kto"), tok)
+    assert kto == dpo.load_records(small, tok)
 
 
 def test_ties_are_left_out(tmp_path, capsys):
@@ -318,6 +340,10 @@ def test_good_and_bad_responses_count_equally(tmp_path, tok):
     for message, bad in refused.items():
         with pytest.raises(InputError, match=message):
             dpo.load_records(config(data=records(tmp_path / "a.jsonl", bad), loss="kto"), tok)
-    (tmp_path / "deep.jsonl").write_text("[" * 100_000, encoding="utf-8")
-    refuses("deep.jsonl:1: this line is not JSON", dpo.load_records,
-            config(data=str(tmp_path / "deep.jsonl"), loss="kto"), tok)
+    good, alike = records(tmp_path / "good.jsonl", rows), records(tmp_path / "b.jsonl", rows[:3])
+    refuses("/b.jsonl: every label is True", dpo.load_records,
+            config(data=good, val_data=alike, loss="kto"), tok)
+    for text in ("[" * 100_000, "no"):
+        (tmp_path / "bad.jsonl").write_text(text, encoding="utf-8")
+        refuses("bad.jsonl:1: this line is not JSON", dpo.load_records,
+                config(data=str(tmp_path / "bad.jsonl"), loss="kto"), tok)
