@@ -96,8 +96,10 @@ class Discriminator(nn.Module):
         else:
             x = self.read_tokens(prompt, response, embeddings)          # (B, R, C)
         if self.lstm is not None:
-            # The output at each position, not h_n, whose first axis is the layer.
-            x, _ = self.lstm(x)                                         # (B, R, C)
+            # The output at each position, not h_n, whose first axis is the layer. In float32 on a
+            # CPU, since few of them have an LSTM in bfloat16.
+            with torch.autocast("cpu", enabled=False):
+                x, _ = self.lstm(x.float())                             # (B, R, C)
         rows = torch.arange(len(x), device=x.device)
         last = x[rows, mask.sum(dim=1) - 1]                             # (B, C): the last token's
         return self.classifier(last).squeeze(-1).float()                # (B,)

@@ -301,7 +301,9 @@ def test_every_choice_of_an_option_runs(chain, tmp_path):
     losses = [(dpo, dict(loss=loss)) for loss in dpo.LOSSES if loss != "dpo"]
     choices = [*losses, (sft, dict(arch="palm")), (sft, dict(arch="t5")),
                (gan, dict(baseline="grpo", group_size=2)), (ppo, dict(lora=2)),
-               *[(module, dict(dtype="bfloat16")) for module in (discriminator, ppo)],
+               (discriminator, dict(dtype="bfloat16", lstm=True)),
+               *[(module, dict(dtype="bfloat16")) for module in (ppo, gan)],
+               (gan, dict(dtype="bfloat16", estimator="gumbel")),
                *[(module, dict(dtype="bfloat16", lora=2, checkpointing=True))
                  for module in (sft, reward_model, dpo, ppo)]]
     starts = starts_of(chain)
