@@ -43,13 +43,13 @@ def count_3(prompt, response):
     return (response == 3).sum(dim=1).float()
 
 
-def rollout_of(policy, cfg, reference=None):
+def rollout_of(policy, cfg, reference=None, value_head=None):
     """A rollout of a toy policy: prompts of mixed length, a score that depends on the text."""
     rng = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, EOS, (cfg.batch_size, 4), generator=rng)
     prompt[::3, :2] = PAD
-    return ppo.make_rollout(policy, nn.Linear(32, 1), reference or toy(seed=1), count_3,
-                            prompt, cfg, rng)
+    return ppo.make_rollout(policy, value_head or nn.Linear(32, 1), reference or toy(seed=1),
+                            count_3, prompt, cfg, rng)
 
 
 def updated(policy, rollout, cfg):
@@ -154,6 +154,7 @@ def test_variants_of_the_policy_loss_by_hand(options, A, loss, gradient, clipped
     close(found, loss)
     close(torch.autograd.grad(found, logp)[0].flatten(), [*gradient, 0])
     close(metrics["clipfrac"], clipped)
+    close(metrics["approx_kl"], .5 * (math.log(4) ** 2 + math.log(.5) ** 2) / 3)    # of tokens
 
 
 def test_value_loss_by_hand():
@@ -208,10 +209,13 @@ def test_kl_estimates_by_hand():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_a_rollout_is_consistent(temperature):
     """Responses of mixed lengths; log-probs at the temperature of the sampling; 0 on pads. A
-    response without an end pays."""
-    policy, reference = awake(toy()), awake(toy(seed=1))
+    response without an end pays. The numbers drawn are those of the generator alone."""
+    policy, reference, value_head = awake(toy()), awake(toy(seed=1)), nn.Linear(32, 1)
     cfg = config(batch_size=32, minibatch_size=8, temperature=temperature, missing_eos_penalty=2.5)
-    rollout = rollout_of(policy, cfg, reference)
+    rollout = rollout_of(policy, cfg, reference, value_head)
+    torch.rand(1)
+    again = rollout_of(policy, cfg, reference, value_head)
+    assert torch.equal(again.response, rollout.response)
     B, R = rollout.response.shape
     lengths, ended = rollout.mask.sum(dim=1), (rollout.response == EOS).any(dim=1)
     assert B == 32 and lengths.min() < lengths.max() <= 6 and 0 < ended.sum() < 32
@@ -223,7 +227,9 @@ def test_a_rollout_is_consistent(temperature):
         expected = logprobs(model, rollout.prompt, rollout.response, temperature)
         close(getattr(rollout, field), expected, atol=1e-5)
         assert not getattr(rollout, field).requires_grad
-    assert rollout.values.shape == (B, R) and not rollout.values.requires_grad
+    values = value_head(policy.hidden(rollout.prompt, rollout.response))[..., 0]
+    close(rollout.values, values)
+    assert values.abs().max() > 0.1 and not rollout.values.requires_grad
     entropy = -ppo.masked_mean(rollout.logp, rollout.mask).item()   # generate() drew from it, too
     assert rollout.entropy == pytest.approx(entropy, abs=1e-4)
     close(rollout.score, count_3(None, rollout.response) - 2.5 * ~ended)
@@ -261,26 +267,34 @@ def test_the_passes_end_when_the_policy_is_too_far(monkeypatch, target_kl, other
 def test_a_rollout_of_another_policy_is_noticed():
     policy, cfg = awake(toy()), config()
     rollout = rollout_of(policy, cfg)
-    rollout.logp += 0.1                 # ratios below 1 count as much as those above
-    assert updated(policy, rollout, cfg)[0]["first_ratio"] > 0.05
+    rollout.logp[:, 0] += 0.1           # ratios below 1 count as much as those above, and one
+    assert updated(policy, rollout, cfg)[0]["first_ratio"] > 0.05       # among many is enough
 
 
 def test_an_update_passes_over_the_rollout_in_minibatches():
-    """Each pass has each response once, in an order of its own. Metrics are means over all steps,
-    but first_ratio is that of the first."""
+    """Each pass has each response once, in an order of its own, with all that belongs to it.
+    Metrics are means over all steps, but first_ratio is that of the first."""
     cfg, seen = config(ppo_epochs=3), []
     rollout = rollout_of(toy(), cfg)
     rollout.prompt = torch.arange(8)[:, None]
+    returns = rollout.values + 1
 
     def learn(prompt, *others):
-        seen.append(prompt[:, 0].tolist())
+        rows = prompt[:, 0]
+        for name, found in zip(("response", "mask", "logp", "values"), others, strict=False):
+            assert torch.equal(found, getattr(rollout, name)[rows])
+        assert torch.equal(others[-1], returns[rows])
+        seen.append(rows.tolist())
         n = torch.tensor(float(len(seen)))
-        return {"approx_kl": n, "first_ratio": n}
+        return {"approx_kl": n, "first_ratio": 1 / n}
 
-    metrics = ppo.update(learn, rollout, rollout.logp, rollout.logp, cfg)
+    metrics = ppo.update(learn, rollout, rollout.logp, returns, cfg)
     assert metrics == {"approx_kl": (1 + 2 + 3 + 4 + 5 + 6) / 6, "first_ratio": 1}
     passes = [tuple(a + b) for a, b in zip(seen[::2], seen[1::2], strict=True)]
     assert len(set(passes)) == 3 and all(sorted(x) == [*range(8)] for x in passes)
+    seen.clear()
+    ppo.update(learn, rollout, rollout.logp, returns, dataclasses.replace(cfg, target_kl=3.0))
+    assert len(seen) == 4           # approx_kl is 2 at the end of the first pass, then 4
 
 
 def test_a_step_follows_the_sum_of_both_losses():
@@ -425,13 +439,17 @@ def test_groups_that_score_alike_teach_nothing(tmp_path, sft_ckpt):
 
 def test_the_critic_learns(tmp_path, sft_ckpt):
     """The reward is always 2: values go from 0 to 2, the value loss from .5 * 2^2 to near 0."""
-    run_of(tmp_path, sft_ckpt, lambda prompts, texts: [2.0] * len(texts), max_steps=12, lr=1e-2,
-           kl_coef=0.0, lam=1.0, clip_range=5.0, ppo_epochs=1, sample_interval=5)
+    sizes = dict(max_steps=12, lr=1e-2, kl_coef=0.0, lam=1.0, clip_range=5.0, ppo_epochs=1)
+    run_of(tmp_path, sft_ckpt, lambda *_: [2.0] * 8, sample_interval=5, **sizes)
     loss = column(tmp_path, "value_loss")
     assert loss[0] > 1 and loss[-1] < 0.2
     assert column(tmp_path, "explained_variance") == [0] * 12   # equal returns are no NaN
     samples = (tmp_path / "samples.txt").read_text(encoding="utf-8").splitlines()
     assert [x for x in samples if x.startswith("step ")] == ["step 5", "step 10", "step 12"]
+    # Of 2 and 3 a critic that says 0 explains 1 - 6.5 / .25 = -25, and one that says 2.5 nothing.
+    run_of(tmp_path, sft_ckpt, lambda *_: [2.0, 3.0] * 4, **sizes)
+    explained = column(tmp_path, "explained_variance")
+    assert explained[0] < -20 and explained[-1] > -1
     # The first values are 0. With lam = 1 and no KL yet each token returns its response's score,
     # and a pad nothing: there are some, since some responses end early.
     run_of(tmp_path, sft_ckpt, max_steps=1, max_new_tokens=16, lam=1.0, sample_interval=1)
