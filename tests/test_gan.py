@@ -7,14 +7,27 @@ import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAD, PROMPT, RESPONSE, awake, close, disc_of, off, owls, records, tiny, toy
+from conftest import (
+    PAD,
+    PROMPT,
+    RESPONSE,
+    awake,
+    close,
+    disc_of,
+    off,
+    owls,
+    records,
+    refuses,
+    tiny,
+    toy,
+)
 
 import discriminator
 import gan
 from common import InputError, read_jsonl
 from data import respond, tokenizer_of
-from discriminator import load_discriminator, states_for
-from model import load_model, logprobs
+from discriminator import Discriminator, load_discriminator, save_discriminator, states_for
+from model import load_model, logprobs, save_model
 from optim import adamw
 
 MASK = RESPONSE != PAD
@@ -50,6 +63,8 @@ def test_objectives_by_hand():
         logit = torch.tensor([-5.0], requires_grad=True)
         gan.generator_objective(logit, objective).backward()
         assert logit.grad.item() == pytest.approx(slope, abs=1e-4)
+    assert gan.generator_objective(torch.tensor([-99.0, 0]), "nonsaturating")[0] == -99
+    assert gan.generator_objective(torch.tensor([99.0, 0]), "original")[0] == 99    # and not inf
 
 
 def test_exact_kl_is_that_of_torch():
@@ -61,7 +76,7 @@ def test_exact_kl_is_that_of_torch():
     close(gan.exact_kl(a.masked_fill(~MASK[..., None], 3.0), b, MASK), exact)
 
 
-def test_gumbel_noise_given_the_sample():
+def test_gumbel_noise_given_the_sample(monkeypatch):
     """Draw a token, then the noise that would have led to it: the token has the largest perturbed
     log-prob, and all in all the noise is Gumbel: CDF exp(-exp(-x)), coordinates independent.
     100,000 draws have standard errors of .0016 and .003."""
@@ -77,6 +92,8 @@ def test_gumbel_noise_given_the_sample():
     assert (torch.corrcoef(noise.T) - torch.eye(4)).abs().max() < .015
     rounded_to_0 = torch.tensor([0.0, -300.0])
     assert gan.gumbel_given_sample(rounded_to_0, torch.tensor(0), rng).isfinite().all()
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.zeros(shape))     # it may be
+    assert gan.gumbel_given_sample(logp[0], token[0]).isfinite().all()
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
@@ -257,6 +274,15 @@ def test_only_reinforce_pays_for_a_missing_end(tmp_path, sft_ckpt, discs):
         first["reinforce"]["objective"][0] + missing)
 
 
+def test_dropout_is_off_in_g_and_in_the_reference(tmp_path, sft_ckpt, discs):
+    """G was trained with dropout: its first ratio is 1 nonetheless, and its first KL is 0."""
+    model = load_model(sft_ckpt)
+    model.config.dropout = 0.5
+    save_model(tmp_path / "sft.pt", model, tokenizer_of(model))
+    found = run_of(tmp_path, tmp_path / "sft.pt", discs, max_steps=1)
+    assert found["first_ratio"][0] < 1e-5 and found["kl"][0] == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize("estimator", ["reinforce", "hidden"])
 def test_d_goes_on_learning(tmp_path, sft_ckpt, discs, estimator):
     """G stands still: D, from where it was, ends by telling its texts from reals."""
@@ -315,11 +341,13 @@ def test_every_option_changes_what_it_should(tmp_path, sft_ckpt, discs):
 @pytest.mark.parametrize("estimator", ["reinforce", "hidden"])
 def test_g_skips_rounds(tmp_path, sft_ckpt, discs, estimator, monkeypatch):
     """Every second one: there is no norm of its gradient, and its texts stay the same. What D
-    reads of a text are the states of G itself, not those of the frozen reference."""
-    learns, update = set(), gan.ppo.update
+    reads of a text are the states of G itself, not those of the frozen reference. The critic says
+    0 at first, and learns."""
+    learns, values, update = set(), [], gan.ppo.update
 
     def check_and_update(learn, rollout, advantages, returns, cfg):
         close(returns, advantages + rollout.values * rollout.mask)
+        values.append(rollout.values.abs().max())
         return update(learn, rollout, advantages, returns, cfg)
 
     monkeypatch.setattr(gan.ppo, "update", check_and_update)
@@ -327,7 +355,7 @@ def test_g_skips_rounds(tmp_path, sft_ckpt, discs, estimator, monkeypatch):
         model.wte.weight.requires_grad) or states_for(disc, model, *texts))
     run_of(tmp_path, sft_ckpt, discs, estimator, disc=discs["states"], skip_g_every=2, max_steps=4,
            sample_interval=3)
-    assert learns == {True}
+    assert learns == {True} and (estimator == "hidden" or values[0] == 0 < values[1])
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert ["grad_norm" in row for row in rows] == [True, False, True, False]
     assert all("d_loss" in row for row in rows)
@@ -336,13 +364,20 @@ def test_g_skips_rounds(tmp_path, sft_ckpt, discs, estimator, monkeypatch):
     assert [line for line in lines if line.startswith("step ")] == ["step 3", "step 4"]
 
 
-def test_a_discriminator_that_cannot_read_this_g_is_refused(tmp_path, sft_ckpt, discs):
-    """One that can comes in training mode: its dropout, if it has any, is on."""
+def test_a_discriminator_that_cannot_read_this_g_is_refused(tmp_path, sft_ckpt, discs, tok):
+    """One that can comes in training mode: its dropout, if it has any, is on. Tokens may be read by
+    one of another width, G's states may not."""
     able = config(init=sft_ckpt, disc=discs["tokens"])
     assert gan.load_opponent(able, load_model(sft_ckpt), "cpu").training
     for estimator, reads in (("hidden", "tokens"), ("gumbel", "states")):
         with pytest.raises(InputError, match=f"reads {reads}, but --estimator {estimator} needs"):
             run_of(tmp_path, sft_ckpt, discs, estimator, disc=discs[reads])
-    other = conftest.with_another_tokenizer(discs["states"], tmp_path / "other.pt")
-    with pytest.raises(InputError, match="was trained on texts of another model"):
-        run_of(tmp_path, sft_ckpt, discs, "hidden", disc=other)
+    narrow = toy(vocab_size=tok.vocab_size, eos_token_id=tok.eos_token_id, n_embd=16)
+    for reads, estimator in (("tokens", "gumbel"), ("states", "hidden")):
+        other = conftest.with_another_tokenizer(discs[reads], tmp_path / "other.pt")
+        refuses("was trained on texts of another model", run_of, tmp_path, sft_ckpt, discs,
+                estimator, disc=other)
+        save_discriminator(tmp_path / f"{reads}.pt", Discriminator(narrow, reads=reads), tok)
+    run_of(tmp_path, sft_ckpt, discs, "gumbel", disc=str(tmp_path / "tokens.pt"), max_steps=1)
+    refuses("its tokens, or its width, are different", run_of, tmp_path, sft_ckpt, discs, "hidden",
+            disc=str(tmp_path / "states.pt"))
