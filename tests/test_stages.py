@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -36,6 +37,7 @@ from common import InputError, read_jsonl
 from data import tokenizer_of
 from discriminator import load_discriminator
 from model import LanguageModel, load_model, load_reward_model, save_model
+from optim import set_lr
 
 PROGRAMS = STAGES | {"evaluate": evaluate, "sample": sample}
 MODULES = ["common", "optim", "model", "data", "puns", "lora", *PROGRAMS]
@@ -357,14 +359,17 @@ def test_pads_are_no_sampled_tokens(chain, tmp_path, monkeypatch, module):
 
 def test_what_the_optimizers_remember(chain, tmp_path, monkeypatch):
     """PPO's eps is larger (https://arxiv.org/abs/2005.12729), also where it trains a GAN. D, and D
-    alone, has a beta1 of .5, and decays."""
-    found = []
+    alone, has a beta1 of .5, and decays. The rate rises and falls again."""
+    found, rates = [], []
     spy = functools.partial(lambda adamw, groups, **options: found.append(
         (options["betas"], options["eps"], groups[0]["weight_decay"])) or adamw(groups, **options),
         torch.optim.AdamW)
     monkeypatch.setattr(torch.optim, "AdamW", spy)
     for module in (ppo, gan):
-        module.train(tiny(module, tmp_path / module.__name__, max_steps=1, **starts_of(chain)))
+        monkeypatch.setattr(module, "set_lr", lambda *args: rates.append(set_lr(*args)))
+        module.train(tiny(module, tmp_path / module.__name__, max_steps=4, warmup_steps=2, lr=1e-3,
+                          **starts_of(chain)))
+    assert rates == pytest.approx([.5e-3, 1e-3, 1e-3, .5e-3] * 2)
     policy = ((0.9, 0.99), 1e-5, 0.0)
     assert found == [policy, policy, ((0.5, 0.99), 1e-8, 0.01)]
 
@@ -429,15 +434,15 @@ def test_samples_are_as_long_as_the_longest_text(sft_ckpt, tmp_path, monkeypatch
 @pytest.mark.parametrize("module", STAGES.values())
 def test_what_is_random_follows_the_seed(chain, tmp_path, monkeypatch, module):
     """Order of the batches and samples; G's prompts come in an order of their own."""
-    seeds, shuffle, make_rng = set(), data.Batches.shuffle, module.make_rng
+    seeds, drawn, shuffle, make_rng = set(), [], data.Batches.shuffle, module.make_rng
     monkeypatch.setattr(data.Batches, "shuffle", lambda batches, epoch: seeds.add(
         batches.seed) or shuffle(batches, epoch))
-    monkeypatch.setattr(module, "make_rng", lambda device, seed: seeds.add(seed)
+    monkeypatch.setattr(module, "make_rng", lambda device, seed: drawn.append(seed)
                         or make_rng(device, seed))
     own = pairs(tmp_path) if module in (reward_model, dpo) else ""
     module.train(tiny(module, tmp_path / "run", seed=70, max_steps=1, data=own,
                       **starts_of(chain)))
-    assert seeds == ({70, 71} if module is gan else {70})
+    assert drawn == [70] and seeds == ({70, 71} if module is gan else {70})
 
 # -----------------------------------------------------------------------------
 # own files
@@ -467,6 +472,23 @@ def test_a_text_that_does_not_fit_is_named_before_training(chain, tmp_path):
 
 # -----------------------------------------------------------------------------
 # a run that is stopped
+
+@pytest.mark.parametrize("module, name", [*[(module, "ckpt") for module in STAGES.values()],
+                                          (gan, "discriminator")])
+def test_what_cannot_be_saved_is_not_lost(chain, tmp_path, monkeypatch, module, name):
+    """The disk is full at the end: the state of the last step remains until there is a model."""
+    def save(content, path):
+        if Path(path).stem == f"{name}.pt":
+            raise OSError(errno.ENOSPC, "no space")
+        torch_save(content, path)
+
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", save)
+    own = pairs(tmp_path) if module in (reward_model, dpo) else ""
+    with pytest.raises(OSError, match="no space"):
+        module.train(tiny(module, tmp_path, data=own, **starts_of(chain)))
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+
 
 def train_and_die(module, config):
     """Trains in a child process, which kills itself by the signal that nothing can catch: in step
