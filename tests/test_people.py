@@ -287,11 +287,11 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch, size, lr_of_ppo):
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-def test_make_real_fetches_what_is_not_at_hand(tmp_path):
+def test_make_real_fetches_what_is_not_at_hand():
     """The licenses are accepted by yes alone. Options on the command line take the place of all,
     but for what makes the weak penalty weak."""
     def lines(*arguments):
-        found = make("-f", "real/Makefile", f"R={tmp_path}", *arguments)[0]
+        found = make("-B", "-o", ".venv/ready", "-f", "real/Makefile", "R=x", *arguments)[0]
         return [line.partition("python ")[2] for line in found]
 
     both = ["-m real.fetch semeval", "-m real.fetch expun"]
