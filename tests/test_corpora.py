@@ -358,6 +358,7 @@ def test_convert_puns(tmp_path):
     train, test = ({row[side].split()[2] for row in rows for side in ("chosen", "rejected")}
                    for rows in converted(out))
     assert train and test and not train & test
+    refuses("none: there is no such", convert, "auto", expun, semeval=str(tmp_path / "none"))
     refuses("not of ranking", convert, "auto", expun, shape="ranking")
 
 
