@@ -205,6 +205,8 @@ def test_csv_and_text(tmp_path):
         {"where": f"{path}:3", "prompt": "About bread:", "completion": ' I "loaf",\nyou.',
          "rating": 3}, {"where": f"{path}:5", "prompt": "About tea:", "completion": " Steep.",
                         "rating": 4.5}], {})
+    path.write_text("completion,label,prompt\nI loaf,TRUE,p\nBread,0,p\n", encoding="utf-8")
+    assert [record["label"] for record in load(path).records] == [True, False]
     path = tmp_path / "puns.txt"
     path.write_text("I loaf you.\n\n  [Rise] and shine.\n", encoding="utf-8")
     assert load(path) == ("text", [
@@ -299,7 +301,8 @@ def test_split_of_few_or_large_groups():
 # the command
 
 def test_reshape():
-    pair = {"where": "f:1", "prompt": "p", "chosen": " a", "rejected": " b", "margin": 1}
+    pair = {"where": "f:1", "prompt": "p", "chosen": " a", "rejected": " b", "margin": 1,
+            "share": 0.5}
     assert reshape([pair], "preference")[0] == [pair]
     assert without_where(reshape([pair], "completion")[0]) == [{"prompt": "p", "completion": " a"}]
     assert without_where(reshape([pair], "prompt")[0]) == [{"prompt": "p"}]
@@ -340,6 +343,9 @@ def test_convert(tmp_path, capsys):
     convert("auto", path, shape="prompt", block_size=n_tokens + 1)      # room for a response
     refuses("no prompt records", convert, "auto", path, shape="prompt", block_size=n_tokens)
     refuses("no rating records are left: they need prompt", convert, "auto", path, shape="rating")
+    refuses("there is no tokenizer 'none'", convert, "auto", path, tokenizer="none")
+    convert("auto", path, str(tmp_path / "again"), block_size=60, test_fraction=0.2, seed=1)
+    assert converted(tmp_path / "again")[1] != test
     refuses("--test_fraction must be from 0", convert, "auto", path, test_fraction=1.0)
 
 
@@ -354,10 +360,13 @@ def test_convert_puns(tmp_path):
     rows = sum(converted(out), [])
     assert {"id": "het_0", "prompt": "A pun:", "rating": 0.4,
             "completion": " My cat number0 thing0 likes to knead dough0."} in rows
+    rated = {row["completion"]: row["rating"] for row in rows}
     convert("auto", expun, str(out), shape="preference", test_fraction=0.3)
     train, test = ({row[side].split()[2] for row in rows for side in ("chosen", "rejected")}
                    for rows in converted(out))
     assert train and test and not train & test
+    for row in sum(converted(out), []):
+        assert row["margin"] == pytest.approx(rated[row["chosen"]] - rated[row["rejected"]])
     refuses("none: there is no such", convert, "auto", expun, semeval=str(tmp_path / "none"))
     refuses("not of ranking", convert, "auto", expun, shape="ranking")
 

@@ -79,8 +79,9 @@ def test_the_license_comes_first(server, tmp_path, monkeypatch, capsys):
     refuses("--accept_licence", fetch.fetch, "semeval", tmp_path)
     assert "License of it." in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda question: "n")
-    refuses("was not accepted", fetch.fetch, "semeval", tmp_path)
+    for answer in ("n", ""):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        refuses("was not accepted", fetch.fetch, "semeval", tmp_path)
     assert server.requests == 0
     monkeypatch.setattr("builtins.input", lambda question: "y")
     fetch.fetch("semeval", tmp_path)

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from conftest import copies, refuses, serving
+from conftest import copies, records, refuses, serving
 
 from common import InputError
 from model import RewardModel, load_model, save_model
@@ -84,6 +84,7 @@ def test_it_asks_again_until_there_is_an_answer(server, tmp_path):
     assert make(server, tmp_path).ask("?") == "1" and len(server.requests) == 9
     for path, _, body in server.requests:
         assert path == "/v1/chat/completions" and body["messages"][0]["content"] == "?"
+        assert body["temperature"] == 0         # the most likely verdict, the same each time
 
 
 def test_it_gives_up_with_one_sentence(server, tmp_path):
@@ -151,6 +152,8 @@ def test_a_stopped_run_loses_nothing_and_a_repeated_one_costs_nothing(server, tm
     assert len(server.requests) == 5
     Judge(server.url, "another", path).verdicts(questions[:1] * 2)      # another model, once
     assert len(server.requests) == 6
+    Judge(server.url + "/", "m", path).verdicts(questions[:1])          # perhaps another server
+    assert len(server.requests) == 7
 
 
 def test_nonsense_stays_without_a_verdict(server, tmp_path):
@@ -183,9 +186,11 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(server, tmp_p
 def test_files_in_both_orders(server, tmp_path, sources, capsys):
     """A judge that always likes the rising one, and one that always likes what comes first."""
     server.answer = lambda question: "1" if question.index("rise") < question.index("fall") else "2"
-    row, = judge.main(Config(server.url, "m", sources, out_dir=str(tmp_path)))
+    server.script = [("slow",)]
+    row, = judge.main(Config(server.url, "m", sources, out_dir=str(tmp_path), timeout=0.3))
     assert (row["win"], row["first"], row["consistent"], row["pairs"]) == (1, 0.5, 1, 6)
-    assert len(server.requests) == 12
+    assert len(server.requests) > 12                # what took too long was asked again
+    assert capsys.readouterr().out.splitlines()[1].split()[6:9] == ["0.0", "100.0", "50.0"]
     server.answer = lambda question: "1"
     row, = judge.main(Config(server.url, "m2", sources, out_dir=str(tmp_path), n=4))
     assert (row["win"], row["first"], row["consistent"], row["pairs"]) == (0.5, 1, 0, 4)
@@ -196,11 +201,13 @@ def test_files_in_both_orders(server, tmp_path, sources, capsys):
 def test_policies_against_the_reference(server, tmp_path, sft_ckpt, tok, capsys):
     copies(tmp_path, sft_ckpt, "sft", "ppo")
     save_model(tmp_path / "reward_model" / "ckpt.pt", RewardModel(load_model(sft_ckpt)), tok)
+    data = records(tmp_path / "data.jsonl", [{"prompt": f"On {what}:"} for what in ("jam", "tea")])
     config = Config(server.url, "m", reference=str(tmp_path / "sft" / "ckpt.pt"),
-                    out_dir=str(tmp_path), n=5)
+                    out_dir=str(tmp_path), n=5, data=data)
     row, = judge.main(config)
     assert row["policies"] == f"{tmp_path / 'ppo' / 'ckpt.pt'} : {config.reference}"
     assert row["pairs"] == 5 and row["win"] == 0.5
+    assert all("to: On " in body["messages"][0]["content"] for *_, body in server.requests)
     capsys.readouterr()
     judge.main(config)          # the same samples: nothing is asked again
     assert len(server.requests) == 10 and "0 requests" in capsys.readouterr().out

@@ -170,7 +170,8 @@ def test_blind(sft_ckpt, tmp_path, monkeypatch, capsys):
     """Someone who likes what the second policy wrote; nothing on the screen says who wrote what."""
     copies(tmp_path, sft_ckpt, "sft", "ppo")
     sources = [str(tmp_path / "sft"), str(tmp_path / "ppo")]
-    config = Config(tuple(sources), blind=True, out=str(tmp_path / "blind.jsonl"), n=12)
+    data = records(tmp_path / "data.jsonl", [{"prompt": f"On {what}:"} for what in ("jam", "tea")])
+    config = Config(tuple(sources), blind=True, out=str(tmp_path / "blind.jsonl"), n=12, data=data)
 
     def judge(prompt):
         # What stands between the question and the prompt is all that a person sees.
@@ -179,6 +180,7 @@ def test_blind(sft_ckpt, tmp_path, monkeypatch, capsys):
         first, second = (line[5:] for line in shown.splitlines()[-2:])
         liked = {row[sources[1]].strip() for row in read_jsonl(tmp_path / "blind.key.jsonl")}
         assert (first in liked) != (second in liked)
+        assert "On jam:" in shown or "On tea:" in shown
         return "1" if first in liked else "2"
 
     monkeypatch.setattr("builtins.input", judge)
@@ -251,6 +253,9 @@ def test_widget(tmp_path, monkeypatch):
     assert len(read_jsonl(tmp_path / "mine.jsonl")) == 2
     undo.click()
     assert two.layout.display != "none" and "That is all." not in text.value
+    other = records(tmp_path / "b.jsonl", [{"prompt": "<p>", "completion": "another"}])
+    _, text_of_two, *_ = label.widget(texts, other, str(tmp_path / "two.jsonl")).children
+    assert text_of_two.value.count("another") == 1
     monkeypatch.setattr(label, "write_jsonl", full_disk)
     one.click()
     assert "<b>error:</b>" in text.value and "No space left" in text.value

@@ -151,7 +151,7 @@ def test_transformers_loads_an_export_and_so_do_we(variant, tmp_path, tok):
         if "pad" not in text:       # a special token of theirs
             assert their_tok(text, add_special_tokens=False).input_ids == tok.encode(text)
         assert their_tok.decode(tok.encode(text)) == text
-    assert their_tok.eos_token_id == tok.eos_token_id
+    assert their_tok.eos_token_id == tok.eos_token_id and their_tok.padding_side == "left"
     assert their_tok.pad_token_id == model.pad_token_id == tok.vocab_size
 
     prompt = torch.tensor([[model.pad_token_id, *tok.encode("About a banker:")]])
@@ -224,6 +224,8 @@ def test_what_cannot_go_in_or_out_is_one_sentence(tmp_path, tok):
             ("llama", {"rope_parameters": {"rope_type": "llama3"}}, r"rope scaling \(llama3\)"),
             ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
             ("llama", {"attention_bias": True}, "attention_bias is True; only False"),
+            ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "layer_idx is True; only False"),
+            ("t5-v1.1", {"num_decoder_layers": 3}, "num_decoder_layers is 3; only 2"),
             ("llama", {"mlp_bias": True}, "mlp_bias is True; only False"),
             ("llama", {"rope_theta": "big", "rope_parameters": None}, "rope_theta is big"),
             ("qwen2", {"use_sliding_window": True}, "use_sliding_window is True; only False"),

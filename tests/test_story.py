@@ -28,7 +28,7 @@ def test_templates_of_peoples_texts_by_hand():
     full = dict(part="full", raters=(0, 1))
     puns = [Pun("a", "Old men never die.", "homographic", True, "die", ratings=(1, 2), **full),
             Pun("b", "My sole is fresh.", "homographic", True, "sole", ratings=(3, 5), **full),
-            Pun("c", "Ask Tom.", "homographic", True, "Ask"),       # not rated
+            Pun("c", "Ask Tom.", "homographic", True, "Ask", ratings=(5, 5), part="pilot"),
             Pun("d", "Never say never.", "homographic", False, ratings=(0, 0), **full)]
     told = story.tell_templates(puns)
     assert told["Old X never die"] == {"puns": pytest.approx(1 / 3), "others": 0, "rating": 1.5,
@@ -62,7 +62,8 @@ def test_blind_answers_by_hand(tmp_path, monkeypatch):
     """Three pairs: the second policy wins, the first one wins, a tie. One more has a near-copy."""
     monkeypatch.setattr(story, "tokenizer_of", lambda model: None)
     monkeypatch.setattr(story, "score_texts", lambda judge, tok, prompts, texts, autocast:
-                        torch.tensor([float(len(text)) for text in texts]))
+                        torch.tensor([float(len(text) + 10 * prompt.count("sole"))
+                                      for prompt, text in zip(prompts, texts, strict=True)]))
     prompt = word_prompt("sole")
     key = [{"prompt": prompt, "runs/sft": f"s{i}", "runs/ppo": f" long p{i}"} for i in range(4)]
     answers = [(key[0]["runs/ppo"], "s0"), ("s1", key[1]["runs/ppo"]), ("s2", key[2]["runs/ppo"]),
@@ -76,4 +77,4 @@ def test_blind_answers_by_hand(tmp_path, monkeypatch):
                             lambda text: text == "s3", off)
     assert [row["win"] for row in told] == [1, 0, 0.5]
     assert told[0] == {"prompt": prompt, "texts": ["s0", "long p0"], "policies": ["sft", "ppo"],
-                       "win": 1, "gold": [3, 8]}
+                       "win": 1, "gold": [13, 18]}

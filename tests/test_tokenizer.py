@@ -36,14 +36,15 @@ def test_a_token_that_is_made_twice_has_one_rank():
 
 
 def test_train_tokenizer_writes_ranks_that_data_reads(tmp_path, monkeypatch):
-    path = tmp_path / "puns.tiktoken"
-    monkeypatch.setitem(data.RANKS, "puns", path)
-    tokenizer.train_tokenizer(words=300, vocab_size=320, n=50)
+    path = tmp_path / "puns_large.tiktoken"
+    monkeypatch.setitem(data.RANKS, "puns_large", path)
+    monkeypatch.setattr(tokenizer, "world", {"puns_large": world()}.get)        # and no other
+    tokenizer.train_tokenizer("puns_large", words=300, vocab_size=320, n=50)
     lines = path.read_bytes().splitlines()
     assert len(lines) == 320 and lines[0] == base64.b64encode(b"\0") + b" 0"
     tokens = [base64.b64decode(line.split()[0]) for line in lines]
     assert not any(b" " in token[1:] for token in tokens[:300])
     assert any(b" " in token[1:] for token in tokens[300:])     # across words
-    tok = data.Tokenizer("puns")
+    tok = data.Tokenizer("puns_large")
     text = world().corpus(1, seed=0)[0]["completion"]
     assert tok.decode(tok.encode(text)) == text and tok.eos_token_id == 320
