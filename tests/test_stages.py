@@ -211,15 +211,30 @@ TINY_OPTIONS = {"corpus_size", "max_steps", "eval_interval", "sample_interval", 
 @pytest.mark.parametrize("size, arch", [
     ("cpu", "gpt"), ("gpu", "gpt"), ("cpu", "palm"), ("cpu", "t5")])
 def test_make_runs_each_size_with_options_that_fit(size, arch):
-    whole = configs_of(f"SIZE={size}", f"ARCH={arch}")
-    short = configs_of(f"SIZE={size}", f"ARCH={arch}", "TINY=1")
+    whole = configs_of(f"SIZE={size}", f"ARCH={arch}", "SEED=7")
+    short = configs_of(f"SIZE={size}", f"ARCH={arch}", "SEED=7", "TINY=1")
     assert whole[0].arch == arch and (whole[0].n_embd == 512) == (size == "gpu")
+    assert whole[0].tokenizer == ("puns_large" if size == "gpu" else "puns")
+    stages = [config for config in whole if hasattr(config, "init")]
+    assert {config.seed for config in stages} == {7}
+    assert [config.init for config in stages] == [""] + ["runs/x/sft/ckpt.pt"] * 8
+    assert {config.estimator: Path(config.disc).parts[2] for config in stages
+            if hasattr(config, "disc")} == {"reinforce": "discriminator", "gumbel": "discriminator",
+                                            "hidden": "discriminator_states"}
     if size == "cpu":               # architectures that are compared are equally large
         assert n_parameters(whole[0]) == pytest.approx(n_parameters(sft.Config()), rel=0.05)
     for a, b in zip(whole, short, strict=True):
         common.check_options(a)
         a, b = dataclasses.asdict(a), dataclasses.asdict(b)
         assert {name for name in a if a[name] != b[name]} <= TINY_OPTIONS
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_compare_trains_each_architecture_with_each_seed():
+    lines, _ = make("-B", "PY=python", "R=x", "SEEDS=7 8", "compare")
+    runs = re.findall(r"sft.py --arch (\w+) --seed (\d) --out_dir (\S+)", "\n".join(lines))
+    assert sorted(runs) == [(arch, seed, f"x/compare/{arch}-{seed}/sft")
+                            for arch in ("gpt", "palm", "t5") for seed in "78"]
 
 
 REAL = ["-f", "real/Makefile"]
