@@ -5,18 +5,20 @@ import json
 import re
 import shlex
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
 from conftest import CPU, close, make, off
-from test_semeval import plain, pun
+from matplotlib.figure import Figure
+from test_semeval import plain, pun, write_expun
 
-from common import read_jsonl, write_jsonl
-from data import tokenizer
-from model import RewardModel, load_model
-from real import people, pretrained
+from common import make_rng, read_jsonl, write_jsonl
+from data import complete, tokenizer, tokenizer_of
+from model import RewardModel, load_model, load_reward_model
+from real import people, pretrained, story
 from real.duplicates import group_records
 from real.semeval import PROMPT
 from reward_model import score_texts
@@ -42,6 +44,12 @@ def toy_puns():
     return puns
 
 
+def test_every_text_is_there_with_its_ratings_if_it_has_any(tmp_path):
+    semeval, expun = write_expun(tmp_path)
+    puns = people.load_puns(people.Config(semeval=str(semeval), expun=str(expun)))
+    assert len(puns) == 65 and sum(pun.part == "full" for pun in puns) == 40
+
+
 def test_no_near_duplicate_is_in_two_parts_and_only_judged_texts_are_gold():
     puns = toy_puns()
     parts = people.parts_of(puns, seed=1)
@@ -63,6 +71,16 @@ def test_policies_learn_inoffensive_puns_by_their_word():
     assert len(records) == 79
     assert records[0] == {"prompt": 'A pun with the word "knead":',
                           "completion": " My cat number0 thing0 likes to knead dough0."}
+
+
+def test_rl_does_not_ask_for_the_words_of_held_out_puns(tmp_path, monkeypatch):
+    puns = [pun(f"p{i}", f"My own{i} joke{i} on word{i}.", word=f"word{i}") for i in range(40)]
+    monkeypatch.setattr(people, "load_puns", lambda config: puns)
+    people.write_data(people.Config(out_dir=str(tmp_path)))
+    asked = {path.stem: {row["prompt"] for row in read_jsonl(path)}
+             for path in (tmp_path / "data").iterdir()}
+    assert asked["trained_prompts"] == asked["train"] and asked["val"] and asked["test"]
+    assert not asked["rl_prompts"] & (asked["val"] | asked["test"])
 
 
 def test_everyday_words_are_in_no_pun():
@@ -107,6 +125,8 @@ def test_comparisons_by_hand():
                      ("swapped", people.word_prompt("ole"), f" {sole}", " Bakers ole dough.", 1.0,
                       1.0)}
     assert sum(people.SOURCES.values()) == pytest.approx(1)
+    few = [record["source"] for record in people.comparisons(toy_puns(), {}, 50, 0)]
+    assert [few.count(source) for source in ("rated", "detected", "minimal")] == [10, 11, 4]
 
 
 def test_each_prompt_has_two_completions_of_its_own(tmp_path, sft_ckpt, monkeypatch):
@@ -114,7 +134,8 @@ def test_each_prompt_has_two_completions_of_its_own(tmp_path, sft_ckpt, monkeypa
         return [f"{prompt} {i}" for i, prompt in enumerate(prompts)]
 
     monkeypatch.setattr(people, "complete", write)
-    monkeypatch.setattr(people, "load_model", lambda path, device: load_model(sft_ckpt))
+    known = {tmp_path / "sft" / "ckpt.pt": sft_ckpt}
+    monkeypatch.setattr(people, "load_model", lambda path, device: load_model(known[path]))
     puns = [pun("a"), pun("b", "A fish has a sole.", word="sole")]
     knead, sole = people.word_prompt("knead"), people.word_prompt("sole")
     assert people.sample_sft(people.Config(out_dir=str(tmp_path), **CPU), puns, 0) == {
@@ -137,23 +158,26 @@ def test_auc_by_hand():
 
 
 def test_a_judge_is_measured_by_hand(monkeypatch):
-    """A judge that likes long texts: right on one of three pairs of ratings, wrong on a sample."""
+    """A judge that likes long texts, unless it is asked for short ones: right on one of three pairs
+    of ratings, wrong on a sample."""
     monkeypatch.setattr(people, "tokenizer_of", lambda model: None)
     monkeypatch.setattr(people, "score_texts", lambda judge, tok, prompts, texts, autocast:
-                        torch.tensor([float(len(text)) for text in texts]))
+                        torch.tensor([len(text) * (-1.0 if prompt == "short" else 1.0)
+                                      for prompt, text in zip(prompts, texts, strict=True)]))
     full = dict(part="full", raters=(0, 1))
     puns = [pun("a", "Six or so.", word="Six", ratings=(4, 4), **full),
-            pun("b", "Two.", word="Two", ratings=(3, 3), **full),
+            pun("b", "Two.", word="Two", ratings=(4, 3), **full),
             plain("c", "No pun at all.", ratings=(0, 0), **full)]
     pairs = [{"source": "minimal", "prompt": "", "chosen": "longer", "rejected": "short"},
              {"source": "sampled", "prompt": "", "chosen": "short", "rejected": "longer"},
              {"source": "other", "prompt": "", "chosen": "longer", "rejected": "short"},
-             {"source": "swapped", "prompt": "", "chosen": "short", "rejected": "longer"}]
+             {"source": "swapped", "prompt": "short", "chosen": "short", "rejected": "longer"}]
     row = people.measure_judge(SimpleNamespace(model=None), puns, pairs, off)
     assert row["pun or not, AUC"] == 0                              # c is the longest
     assert row["raters, margin 0.4"] == pytest.approx(1 / 3)        # a b, but not a c and b c
+    assert row["raters, margin 1.0"] == 0                           # a and b are too close
     assert row["pun over minimal pair"] == 1 and row["pun over a sample"] == 0
-    assert row["pun over another word's"] == 1 and row["pun over word put in"] == 0
+    assert row["pun over another word's"] == 1 and row["pun over word put in"] == 1
     assert "word used over not" not in row                          # there is no such pair
 
 
@@ -180,6 +204,7 @@ def test_a_row_of_the_table_by_hand():
     result = people.describe_policy(rows, baseline, people.overlap_with(["A fish."]))
     # Each text beside both of its prompt: 1, 1; 0, .5; and for jam 1, 0 twice. By prompt: .625, .5.
     assert result["win rate"] == 0.5625 and result["win rate ±"] == pytest.approx(1.96 * 0.0625)
+    assert result["gold ±"] == pytest.approx(1.96 * 1.5)                # by prompt: 2, 5
     assert result["gold"] == 3.5 and result["proxy"] == 4.5 and result["kl"] == 2
     assert result["uses the word"] == 0.25              # "Jammed" is not "jam"
     assert result["distinct"] == 0.75 and result["copied"] == 0.25 and result["words"] == 2
@@ -218,6 +243,10 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch, size, lr_of_ppo):
     """All lines of real/Makefile, from published weights to the report, on toy puns."""
     monkeypatch.setattr(people, "MAX_NEW_TOKENS", 16)       # what tiny models have room for
     monkeypatch.setattr(people, "load", lambda *_, **__: SimpleNamespace(records=toy_puns()))
+    compared_with, overlap_with = [], people.overlap_with
+    for module in (people, story):
+        monkeypatch.setattr(module, "overlap_with", lambda texts: compared_with.append(
+            set(texts)) or overlap_with(texts))
     pretrained.export(sft_ckpt, str(tmp_path / "init"))
     folder = tmp_path / "real"
     (info, *lines, report_line, story_line), errors = make(
@@ -235,10 +264,18 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch, size, lr_of_ppo):
     assert len(read) == 8
     assert {name for name, config in read.items() if config["seed"] != 5} == {"gold"}
     assert read["ppo"]["lr"] == read["ppo_weak_kl"]["lr"] == lr_of_ppo
-    assert read["reward_model"]["data"] == str(folder / "data" / "pairs_train.jsonl")
-    assert read["gold"]["data"] == str(folder / "data" / "pairs_gold.jsonl")
-    assert read["gold"]["init"] == str(folder / "pretrained" / "ckpt.pt")
     assert read["ppo"]["reward"] == str(folder / "reward_model" / "ckpt.pt")
+    assert read["reward_model"]["likelihood"] == read["gold"]["likelihood"] == 0
+    assert {n for n, config in read.items() if config.get("lora")} == {"dpo", "ppo", "ppo_weak_kl"}
+    # What it starts from, learns from, and is measured on.
+    assert {name: (Path(config["init"]).relative_to(folder).parts[0],
+                   Path(config["data"]).relative_to(folder / "data").stem,
+                   Path(config.get("val_data", "")).stem) for name, config in read.items()} == {
+        "sft": ("pretrained", "train", "val"), "discriminator": ("sft", "train", "val"),
+        "gan": ("sft", "train", ""), "reward_model": ("sft", "pairs_train", "pairs_val"),
+        "gold": ("pretrained", "pairs_gold", "pairs_val"),
+        "dpo": ("sft", "pairs_train", "pairs_val"),
+        **dict.fromkeys(["ppo", "ppo_weak_kl"], ("sft", "rl_prompts", ""))}
     assert read["ppo_weak_kl"]["kl_coef"] < read["ppo"]["kl_coef"]
 
     data = folder / "data"
@@ -267,22 +304,43 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch, size, lr_of_ppo):
     assert unseen["best of 2"]["proxy"] > unseen["sft"]["proxy"]
     # The SFT model is compared with another draw of itself, so it wins some and loses some.
     assert report["policies"]["unseen"]["sft"]["win rate ±"] > 0
-    assert "not picked" in (folder / "report.md").read_text(encoding="utf-8")
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert "not picked" in page and '\n- A pun with the word "' in page and "knead" not in page
     assert (folder / "report.png").stat().st_size > 1000
     samples = read_jsonl(folder / "report_samples.jsonl")
     # Thirty prompts with unseen words, and ten with the trained word.
     assert len(samples) == (30 + 10) * (5 * 2 + 1)
+    judges = {name: load_reward_model(folder / stage / "ckpt.pt")
+              for name, stage in (("proxy", "reward_model"), ("gold", "gold"))}
 
+    def scores(name, prompts, texts):
+        return score_texts(judges[name], tokenizer_of(judges[name].model), prompts, texts, off)
+
+    held_out = people.parts_of(toy_puns(), people.Config().split_seed)["test"]
+    for name, row in zip(judges, report["judges"].values(), strict=True):
+        assert row == pytest.approx(people.measure_judge(
+            judges[name], held_out, read_jsonl(data / "pairs_test.jsonl"), off))
+    judged = [[row[name] for row in samples[:9]] for name in ("prompt", "text", "gold")]
+    close(scores("gold", *judged[:2]), torch.tensor(judged[2]), atol=1e-3)
+
+    write_jsonl(folder / "blind.jsonl", [{"prompt": "p", "chosen": " a", "rejected": " b"}])
+    write_jsonl(folder / "blind.key.jsonl", [{"prompt": "p", "sft": " a", "ppo": " b"}])
     run_line(story_line)
     told = (folder / "story.json").read_text(encoding="utf-8")
     assert not any(json.dumps(text) in told for part in texts.values() for text in part)
-    story = json.loads(told)
-    assert story["policies"].keys() == report["policies"].keys()
-    assert {name: len(rows) for name, rows in story["samples"].items()} == {
+    tale = json.loads(told)
+    assert tale["policies"].keys() == report["policies"].keys()
+    assert {name: len(rows) for name, rows in tale["samples"].items()} == {
         "sft": 60, "dpo": 60, "gan": 60, "ppo": 60, "ppo_weak_kl": 60, "best": 30}
-    assert len(story["held_out"]["gold"]) == len(story["held_out"]["is_pun"]) >= 18
-    assert story["people"]["uses the word"] == 1
-    assert {name: len(rows) for name, rows in story["runs"].items()} == {
+    assert tale["held_out"]["is_pun"] == [int(pun.is_pun) for pun in held_out]
+    asked = [PROMPT] * len(held_out), [f" {pun.text}" for pun in held_out]
+    for name in judges:
+        close(torch.tensor(tale["held_out"][name]), scores(name, *asked), atol=1e-3)
+    assert len(tale["blind"].pop("blind")) == 1 and not tale["blind"]
+    assert compared_with[0] == compared_with[1] > texts["train"]
+    assert not compared_with[0] & (gold | texts["val"] | texts["test"])
+    assert tale["people"]["uses the word"] == 1
+    assert {name: len(rows) for name, rows in tale["runs"].items()} == {
         name: len(points) for name, points in report["curves"].items()}
 
 
@@ -328,23 +386,38 @@ def test_no_text_is_compared_with_the_draws_that_it_was_picked_from(tmp_path, mo
 
 def test_each_judge_has_a_column_of_its_own(sft_ckpt):
     """score is the proxy's, gold the judge's, and kl is measured to the SFT model."""
+    reference = load_model(sft_ckpt)
+    reference.wte.weight.data.zero_()           # all tokens are equally likely
     proxy, gold = (RewardModel(load_model(sft_ckpt)).eval() for _ in range(2))
     prompts = [people.word_prompt("sole")] * 3
-    rows = people.draw_samples(sft_ckpt, prompts, (load_model(sft_ckpt), proxy, gold),
+    rows = people.draw_samples(sft_ckpt, prompts, (reference, proxy, gold),
                                people.Config(**CPU), off)
     texts, tok = [row["text"] for row in rows], tokenizer("puns")
     for column, judge in (("score", proxy), ("gold", gold)):
         scores = score_texts(judge, tok, prompts, texts, off)
         close(torch.tensor([row[column] for row in rows]), scores, atol=1e-4)
-    assert [row["kl"] for row in rows] == [0, 0, 0]
+    rng = make_rng("cpu", people.Config().seed)
+    assert texts == complete(load_model(sft_ckpt), tok, prompts, rng, off, max_new_tokens=64)
+    assert all(row["kl"] > 0 for row in rows)
 
 
 def test_the_gold_curve_by_hand(tmp_path, sft_ckpt):
     """A curve has a point for each step whose samples were kept: means of kl, score, and gold."""
     row = {"step": 1, "prompt": people.word_prompt("sole"), "text": " A fish.", "kl": 1.5,
            "score": 0.5}
-    write_jsonl(tmp_path / "samples.jsonl", [row, row | {"kl": 2.5}, row | {"step": 2}])
+    write_jsonl(tmp_path / "samples.jsonl", [row, row | {"kl": 2.5, "text": " No."},
+                                             row | {"step": 2}])
     gold = RewardModel(load_model(sft_ckpt)).eval()
     points = people.training_curve(tmp_path / "samples.jsonl", (None, None, gold), off)
     assert [point[:2] for point in points] == [(2.0, 0.5), (1.5, 0.5)]
-    close(*torch.tensor([point[2] for point in points]))
+    scores = score_texts(gold, tokenizer("puns"), [row["prompt"]] * 2, [" A fish.", " No."], off)
+    close(torch.tensor([point[2] for point in points]), torch.stack([scores.mean(), scores[0]]))
+
+
+def test_each_axis_of_the_figure_has_its_own_column(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(people, "Figure", lambda **options: figures.append(
+        Figure(**options)) or figures[0])
+    people.draw_curves({"ppo": [(1.0, 2.0, 3.0)]}, tmp_path / "report.png")
+    assert {axis.get_ylabel().split()[-1]: axis.lines[0].get_xydata().tolist()
+            for axis in figures[0].axes} == {"(proxy)": [[1, 2]], "(gold)": [[1, 3]]}
