@@ -104,19 +104,23 @@ def tell_samples(rows, overlap):
 
 def tell_blind(path, gold, overlap, autocast):
     """The pairs that somebody compared without knowing which policy wrote which, with the judge's
-    scores. "win" is 1 where the second policy won, and 0.5 for a tie.
+    scores. "win" is 1 where the second policy won, and 0.5 for a tie. Of a pair that was asked
+    twice it is the mean of both answers, as in label.win_rate().
 
     path: of the answers; the key is beside it."""
     key = read_jsonl(path.with_suffix(".key.jsonl"))
     _, a, b = key[0]
     writers = {key_of(*row.values()): row for row in key}
-    told = []
+    wins = collections.defaultdict(list)                    # {pair: of each of its answers}
     for answer in read_jsonl(path):
         pair = key_of(answer["prompt"], answer["chosen"], answer["rejected"])
-        win = 0.5 if answer.get("share") == 0.5 else float(answer["chosen"] == writers[pair][b])
+        is_tie = answer.get("share") == 0.5
+        wins[pair].append(0.5 if is_tie else float(answer["chosen"] == writers[pair][b]))
+    told = []
+    for pair, of_pair in wins.items():
         texts = [writers[pair][policy].strip() for policy in (a, b)]
         if max(map(overlap, texts)) < COPIED:
-            told.append({"prompt": answer["prompt"], "texts": texts, "win": win,
+            told.append({"prompt": pair[0], "texts": texts, "win": sum(of_pair) / len(of_pair),
                          "policies": [Path(a).name, Path(b).name]})
     scores = score_texts(gold, tokenizer_of(gold.model),
                          [row["prompt"] for row in told for _ in row["texts"]],

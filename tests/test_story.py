@@ -59,7 +59,8 @@ def test_the_text_of_a_near_copy_is_left_out():
 
 
 def test_blind_answers_by_hand(tmp_path, monkeypatch):
-    """Three pairs: the second policy wins, the first one wins, a tie. One more has a near-copy."""
+    """Three pairs: the second policy wins, the first one wins, and one that was asked twice is a
+    tie and then won by the second. One more has a near-copy."""
     monkeypatch.setattr(story, "tokenizer_of", lambda model: None)
     monkeypatch.setattr(story, "score_texts", lambda judge, tok, prompts, texts, autocast:
                         torch.tensor([float(len(text) + 10 * prompt.count("sole"))
@@ -71,10 +72,11 @@ def test_blind_answers_by_hand(tmp_path, monkeypatch):
     rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}
             for chosen, rejected in answers]
     rows[2]["share"] = 0.5
+    rows.append({"prompt": prompt, "chosen": key[2]["runs/ppo"], "rejected": "s2"})
     write_jsonl(tmp_path / "blind.key.jsonl", key)
     write_jsonl(tmp_path / "blind.jsonl", rows)
     told = story.tell_blind(tmp_path / "blind.jsonl", SimpleNamespace(model=None),
                             lambda text: text == "s3", off)
-    assert [row["win"] for row in told] == [1, 0, 0.5]
+    assert [row["win"] for row in told] == [1, 0, 0.75]
     assert told[0] == {"prompt": prompt, "texts": ["s0", "long p0"], "policies": ["sft", "ppo"],
                        "win": 1, "gold": [13, 18]}
