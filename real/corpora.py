@@ -258,7 +258,7 @@ def load(path, format="auto", fits=always, semeval=""):
         raise InputError(f"{path}: this is a folder, but the format {format} is a file")
     if semeval and format != "expun":
         raise InputError(f"--semeval is for the format expun, but {path} is {format}")
-    if not Path(semeval).exists():
+    if semeval and not Path(semeval).exists():
         raise InputError(f"{semeval}: there is no such file or folder")
     if format == "semeval":
         return Corpus(format, *load_semeval(path))

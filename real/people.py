@@ -69,7 +69,7 @@ class Config(Options):
     out_dir: str = "runs/real"                  # the folder of the stages' folders
     split_seed: int = 1                         # which texts are in which part
     comparisons: int = 5000                     # of the reward model, and as many of the judge
-    words: int = 200                            # of the report: unseen, and trained; 200 at most
+    words: int = 200                            # of each kind in the report, 200 at most
     samples: int = 4                            # of each policy to each of these words
     best_of: int = 16                           # how many the reward model picks from
 
