@@ -194,6 +194,12 @@ def gather(x):
     return gathered
 
 
+def wait_for_all():
+    """Returns when every process is here, and what rank 0 wrote before is on the disk."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def agreed(flag):
     """True if the flag is True in any process: all of them must take the same steps."""
     return average_over_processes(torch.tensor(float(flag))).item() > 0
@@ -410,6 +416,7 @@ class Run:
                                  "before training starts: train what it starts from again")
         if rank() == 0:
             hold(self.metrics_path)
+        wait_for_all()                  # or the others would read a state that is older
         self.data = self._checksums()
         self._resume()
         text = json.dumps(self.config | self.used, indent=1)
@@ -542,8 +549,7 @@ class Run:
         if rank() == 0:
             self.state_path.unlink(missing_ok=True)
             release(self.metrics_path)
-        if world_size() > 1:
-            dist.barrier()              # the others wait until rank 0 has written its files
+        wait_for_all()
 
 
 def _get_state(part):
