@@ -220,6 +220,7 @@ def test_tokens_per_second(tmp_path, monkeypatch, n_processes):
     read and 20 that were sampled in 4 seconds. In each process."""
     monkeypatch.setattr(common, "world_size", lambda: n_processes)
     monkeypatch.setattr(common.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(common, "wait_for_all", lambda: None)
     monkeypatch.setattr(common, "average_over_processes", lambda x: x)
     now = [100.0]
     monkeypatch.setattr(common.time, "time", lambda: now[0])

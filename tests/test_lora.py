@@ -133,7 +133,7 @@ def test_last_k_is_the_last_k_blocks_and_the_norm_after_them(model):
     for wrong in ("last:0", "last", "last:-1", "some", "last:1 "):
         refuses("--trainable is all or last:k", train_only, reward_model, wrong)
     with pytest.raises(InputError, match="--lora 4 trains an adapter alone: .* --trainable"):
-        prepare(model, TrainOptions(lora=4, trainable="last:1"), "policy")
+        prepare(model, TrainOptions(dtype="float32", lora=4, trainable="last:1"), "policy")
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -151,7 +151,7 @@ def test_checkpointing_recomputes_and_changes_no_gradient(model, rank):
     for on in (False, True):
         models[on] = copy.deepcopy(model)
         torch.manual_seed(0)
-        prepare(models[on], TrainOptions(lora=rank, checkpointing=on), "policy")
+        prepare(models[on], TrainOptions(dtype="float32", lora=rank, checkpointing=on), "policy")
         awake(models[on])
     expected = gradients(models[False], name)
     norms = [m for key, m in models[True].named_modules() if key.endswith(("h.1.ln_2", "h.1.ln"))]
@@ -214,7 +214,7 @@ def test_policy_reference_and_reward_model(tmp_path, tok, rank):
     init, path = tmp_path / "sft" / "ckpt.pt", tmp_path / "reward_model" / "adapter.pt"
     save_model(init, awake(toy()), tok)
     reward_model = RewardModel(load_model(init), likelihood=0.5)
-    prepare(reward_model, TrainOptions(lora=2), "reward")
+    prepare(reward_model, TrainOptions(dtype="float32", lora=2), "reward")
     assert {"scalar_head.weight", "scalar_head.bias", "likelihood"} < trained(reward_model)
     lora.save_trained(path.with_name("ckpt.pt"), learn(reward_model, "reward"), tok)
     reward_model = load_reward_model(path.with_name("ckpt.pt"))         # merged
@@ -255,7 +255,7 @@ def test_checkpointing_drops_the_same_again():
     gradients = []
     for on in (False, True):
         model = awake(toy(dropout=0.5)).train()
-        prepare(model, TrainOptions(checkpointing=on), "policy")
+        prepare(model, TrainOptions(dtype="float32", checkpointing=on), "policy")
         torch.manual_seed(1)
         model(PROMPT, RESPONSE).square().mean().backward()
         gradients.append(model.wte.weight.grad)

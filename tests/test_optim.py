@@ -104,7 +104,7 @@ def test_muon_is_its_equations(monkeypatch):
 def test_adapters_of_any_rank_train_with_muon():
     for rank, n_matrices in ((2, 8), (1, 0)):       # those of rank 1 are vectors: AdamW's
         model = awake(toy())
-        prepare(model, TrainOptions(lora=rank), "policy")
+        prepare(model, TrainOptions(dtype="float32", lora=rank), "policy")
         optimizer = Muon(model, 0.1)
         assert len(optimizer.matrices) == n_matrices
         optimizer_step(logprobs(model, PROMPT, RESPONSE).sum(), model, optimizer, 1.0)

@@ -230,7 +230,7 @@ def run_line(line):
     module = importlib.import_module(name.removesuffix(".py"))
     if name == "real.pretrained":
         return module.convert(*args)
-    args += TINY[name].split() + ["--device", "cpu"]
+    args += TINY[name].split() + ["--device", "cpu", "--dtype", "float32"]
     if name == "real.people":
         return tyro.cli(module.main, args=args)
     if name == "real.story":
