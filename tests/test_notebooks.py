@@ -49,7 +49,7 @@ def notebook(request):
 
 def test_code_fits_the_screen(notebook):
     for cell in code_cells(notebook):
-        assert len(code_lines(cell)) <= 35
+        assert len(code_lines(cell)) <= 25
         assert all(len(line) <= 100 for line in code_lines(cell))
 
 
