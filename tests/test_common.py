@@ -207,6 +207,24 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(tmp_path):
     assert samples[0] == samples[1] and samples[0].count("step ") == 10
 
 
+def test_a_state_of_another_dtype_starts_over(tmp_path, monkeypatch, capsys):
+    """Also where the option is left to the machine."""
+    for has_bf16 in (False, True):
+        monkeypatch.setattr(common, "supports_bf16", lambda device, found=has_bf16: found)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, stop_at=6, dtype="")
+    assert "was saved with other options, or on other devices" in capsys.readouterr().out
+    assert torch.load(tmp_path / "state.pt")["config"]["processes"] == 1
+
+
+@pytest.mark.parametrize("n_gpus, has_mps, expected", [
+    (2, True, "cuda"), (0, True, "mps"), (0, False, "cpu")])
+def test_the_default_is_the_fastest_device(monkeypatch, n_gpus, has_mps, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    assert common.pick_device().type == expected
+
+
 def test_config_json_says_what_was_used(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "supports_bf16", lambda device: True)
     train(tmp_path, device="cpu", dtype="")

@@ -163,6 +163,8 @@ def test_a_tenth_is_held_out_and_nothing_of_it_is_trained_on(tmp_path):
     assert [len(part) for part in split(rows[:3])] == [2, 1]    # of few records one
     two = records(tmp_path / "val.jsonl", rows[:2])
     assert [len(part) for part in split(rows, two)] == [130, 2]
+    many = [{"prompt": "p", "completion": f" c{i}"} for i in range(10_050)]
+    assert [len(part) for part in split(many)] == [9050, 1000]  # of many at most 1,000
     refuses("one record is too few: .*--val_data", split, rows[:1])
 
 # -----------------------------------------------------------------------------
@@ -214,6 +216,22 @@ def batches_of(n=23, batch_size=4, seed=3):
 
 def numbers(batch):
     return batch["prompt"][:, -1].tolist()
+
+
+def test_few_shapes_are_powers_of_two():
+    encoded = batches_of().encoded
+    batches = Batches(encoded, 1, 9999, "cpu", 0, few_shapes=True)
+    for i, batch in enumerate(batches.in_order(1)):
+        n_tokens = batches.lengths[i].item() // 2               # of each field, at most 6
+        width = min(2 ** math.ceil(math.log2(n_tokens)), 6)
+        assert [batch[field].size(1) for field in COMPLETION] == [width] * 2
+        assert numbers(batch) == [i]
+
+
+def test_the_checksum_is_of_all_fields():
+    sums = {Batches({"prompt": ids([a]), "completion": ids([b])}, 1, PAD, "cpu", 0).checksum
+            for a, b in ((1, 2), (3, 2), (1, 4))}
+    assert len(sums) == 3
 
 
 def test_each_record_comes_at_most_once_an_epoch():

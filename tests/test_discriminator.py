@@ -13,6 +13,7 @@ from common import read_jsonl
 from data import Batches, complete, encode_records, tokenizer_of
 from discriminator import Discriminator, discriminator_loss, load_discriminator, states_for
 from model import load_model, save_model
+from optim import set_lr
 from puns import world
 
 MASK = RESPONSE != PAD
@@ -46,6 +47,16 @@ def test_states_have_read_the_token():
     again = torch.cat([PROMPT[1:2], RESPONSE[1:2]], dim=1)          # no pads: all is prompt
     close(states[1, -1], generator.hidden(again, torch.tensor([[0]]))[0, 0])
     assert states_for(disc_of(), generator, PROMPT, RESPONSE) is None
+
+
+def test_two_blocks_read_states_both_ways():
+    """The verdict at the first token changes with the last one; pads are at the end."""
+    disc, states = disc_of(reads="states"), torch.randn(3, 4, 32)
+    other = states.clone()
+    other[1, 3] = torch.randn(32)               # the last token of the second response
+    first = [disc.read_states(x, MASK)[1, 0] for x in (states, other)]
+    assert (first[0] - first[1]).abs().max() > 1e-4
+    assert len(disc.blocks) == 2 and not disc_of().blocks
 
 
 @pytest.mark.parametrize("lstm, reads", KINDS)
@@ -176,6 +187,22 @@ def test_val_data_is_what_is_held_out(tmp_path, sft_ckpt):
     val_data = records(tmp_path / "val.jsonl", rows)
     metrics, _ = run_of(tmp_path, sft_ckpt, val_data=val_data)
     assert metrics[-1]["accuracy"] < 0.7 and metrics[-1]["real_logit"] < -0.5
+
+
+def test_all_of_val_data_is_held_out(tmp_path, sft_ckpt, monkeypatch):
+    seen = []
+    monkeypatch.setattr(discriminator, "Batches", lambda encoded, *args: seen.append(
+        len(encoded["prompt"])) or Batches(encoded, *args))
+    val_data = records(tmp_path / "val.jsonl", (owls(400) * 5)[:1001])
+    run_of(tmp_path, sft_ckpt, max_steps=1, val_data=val_data)
+    assert seen == [40, 1001]
+
+
+def test_the_rate_rises_and_falls(tmp_path, sft_ckpt, monkeypatch):
+    rates = []
+    monkeypatch.setattr(discriminator, "set_lr", lambda *args: rates.append(set_lr(*args)))
+    run_of(tmp_path, sft_ckpt, max_steps=4, warmup_steps=2, lr=1e-3)
+    assert rates == pytest.approx([.5e-3, 1e-3, 1e-3, .5e-3])
 
 
 def test_every_option_changes_what_it_should(tmp_path, sft_ckpt):

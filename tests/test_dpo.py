@@ -347,3 +347,24 @@ def test_good_and_bad_responses_count_equally(tmp_path, tok):
         (tmp_path / "bad.jsonl").write_text(text, encoding="utf-8")
         refuses("bad.jsonl:1: this line is not JSON", dpo.load_records,
                 config(data=str(tmp_path / "bad.jsonl"), loss="kto"), tok)
+
+
+def test_labels_are_for_kto_alone(tmp_path, sft_ckpt):
+    refuses("pairs.jsonl:1: 'chosen' is missing", run_of, tmp_path, sft_ckpt, thumbs, loss="ipo")
+
+
+def test_samples_of_online_dpo_are_as_long_as_those_it_learns_from(tmp_path, sft_ckpt, monkeypatch):
+    monkeypatch.setattr(dpo, "load_frozen_reward_model",
+                        lambda *args: lambda prompt, response: response[:, 0].float())
+    data = records(tmp_path / "p.jsonl", [{"prompt": f"About a {thing}:"} for thing in THINGS])
+    run_of(tmp_path, sft_ckpt, data=data, val_data=data, online="x", max_new_tokens=2, max_steps=1)
+    assert max(row["length"] for row in read_jsonl(tmp_path / "samples.jsonl")) <= 2
+
+
+def test_how_many_samples_are_measured(tmp_path, sft_ckpt):
+    """512 of the pun world, for the judge; 64 of other texts."""
+    many = pairs_about([f"{thing} {i}" for thing in THINGS for i in range(10)])
+    own = records(tmp_path / "many.jsonl", many)
+    for path, n in (("", 512), (own, 64)):
+        run_of(tmp_path, sft_ckpt, data=path, val_data=path, max_steps=1)
+        assert len(read_jsonl(tmp_path / "samples.jsonl")) == n

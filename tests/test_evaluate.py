@@ -9,11 +9,12 @@ import re
 
 import pytest
 import torch
-from conftest import CPU, copies, records, refuses, toy, with_another_tokenizer
+from conftest import CPU, copies, off, records, refuses, toy, with_another_tokenizer
 from matplotlib.figure import Figure
 
 import evaluate
 from common import read_jsonl
+from data import complete, tokenizer_of
 from evaluate import best_of_n_kl, format_cells, interval, min_kl, self_bleu, summarize
 from model import RewardModel, load_model, save_model
 
@@ -176,6 +177,10 @@ def test_the_report_is_written(runs):
     assert n["sft"] == n["ppo"] == 24 and n["best of 2"] == 2 * n["best of 4"]
     scores = [sample["score"] for sample in samples if sample["policy"] == "ppo"]
     assert ppo_row["score"] == pytest.approx(sum(scores) / 24)
+    texts = [sample["text"] for sample in samples if sample["policy"] == "ppo"]
+    policy = load_model(folder / "ppo" / "ckpt.pt")
+    rng = torch.Generator().manual_seed(1337)
+    assert texts == complete(policy, tokenizer_of(policy), prompts, rng, off)
 
 
 def test_the_same_seed_gives_the_same_report_and_says_what_is_left_out(runs, capsys, monkeypatch):
@@ -249,3 +254,16 @@ def test_several_runs_in_one_table(tmp_path, tok):
     assert lines[2].startswith("| gpt, 0.01 M | ppo | 2 | 37.5 (25.0 to 50.0) | 100.0 (100.0 to")
     assert lines[3].startswith("| t5, 0.01 M | ppo | 1 | - | 100.0 |") and "| -0.50 |" in lines[3]
     refuses("make compare", evaluate.compare, tmp_path / "gpt-1")
+
+
+def test_each_panel_has_its_own_column_and_leaves_out_what_is_unknown(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(evaluate, "Figure", lambda **options: figures.append(
+        Figure(**options)) or figures[0])
+    rows = [row(policy="sft", pun=.25, score=3.0), row(policy="ppo", pun=None, score=4.0, kl=2.0)]
+    curve = [dict(step=7, kl=1.5, pun=.5, score=3.5)]
+    evaluate.draw_report(dict(p0=None, rows=rows, curves={"ppo": curve}), tmp_path / "x.png")
+    gold, proxy = ({tuple(point) for line in axis.lines for point in line.get_xydata().tolist()}
+                   for axis in figures[0].axes)
+    assert gold == {(0, 25), (1.5, 50)} and proxy == {(0, 3), (1.5, 3.5), (2, 4)}
+    assert ["proxy" in axis.get_ylabel() for axis in figures[0].axes] == [False, True]

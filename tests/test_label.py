@@ -3,6 +3,7 @@
 import io
 import itertools
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import copies, program, records, refuses
@@ -20,6 +21,34 @@ def taste(labeling):
     if int(first[2:]) % 5 == 0:
         return "="
     return "1" if first[1] == "a" else "2"
+
+
+def test_a_repeat_can_be_skipped(tmp_path):
+    labeling, shown = Labeling(MANY, tmp_path / "mine.jsonl"), []
+    for _ in range(9):
+        shown.append(set(labeling.question))
+        labeling.answer("1")
+    repeat = labeling.question
+    labeling.answer("s")
+    assert set(repeat) in shown and labeling.question not in (None, repeat)
+
+
+def test_prompts_and_seed_are_those_of_the_options(sft_ckpt, tmp_path, monkeypatch, capsys):
+    data, shown = records(tmp_path / "data.jsonl", [{"prompt": "On jam:"}]), []
+    for seed in (0, 1):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("q\n"))
+        label.label(Config((sft_ckpt,), out=str(tmp_path / "mine.jsonl"), data=data, seed=seed))
+        shown.append(capsys.readouterr().out)
+    assert all("On jam:" in text for text in shown) and shown[0] != shown[1]
+
+
+def test_blind_answers_have_a_file_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = (records(f"{name}.jsonl", [{"prompt": "p", "completion": f" {name}"}]) for name in "ab")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n"))
+    label.label(Config((a, b), blind=True, n=1))
+    assert len(read_jsonl("blind.jsonl")) == len(read_jsonl("blind.key.jsonl")) == 1
+    assert not Path("mine.jsonl").exists()
 
 
 def test_answers_are_kept_at_once_as_records(tmp_path):

@@ -274,3 +274,18 @@ def test_a_stage_trains_what_its_options_say(sft_ckpt, tmp_path, stage, options)
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     assert "h.0.mlp.c_fc.weight" in moved and all(name.startswith(("h.", "ln_f")) for name in moved)
     assert (tmp_path / "run" / "adapter.pt").exists() == ("lora" in options)
+
+
+def test_without_lora_the_reward_model_has_a_trunk_of_its_own(tmp_path, tok):
+    """Also if its adapter is beside it."""
+    init, path = tmp_path / "sft" / "ckpt.pt", tmp_path / "reward_model" / "ckpt.pt"
+    save_model(init, awake(toy()), tok)
+    reward_model = RewardModel(load_model(init), likelihood=0.5)
+    prepare(reward_model, TrainOptions(dtype="float32", lora=2), "reward")
+    lora.save_trained(path, learn(reward_model, "reward"), tok)
+    config = tiny(dpo, tmp_path, init)
+    policy, _ = lora.load_policy_and_reference(config, "cpu")
+    frozen = lora.load_frozen_reward_model(path, policy, config)
+    before = frozen(PROMPT, RESPONSE)
+    awake(policy)
+    assert torch.equal(frozen(PROMPT, RESPONSE), before)

@@ -19,6 +19,18 @@ from model import ModelConfig, RewardModel, logprobs
 MASK = RESPONSE != PAD
 
 
+def test_the_fused_kernel_gets_bias_and_scale(monkeypatch):
+    """What a GPU takes for long texts."""
+    calls = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **options: calls.append((args, options)) or args[0])
+    q, k = (torch.empty(1, 2, n, 8, device="meta") for n in (5, 129))
+    bias = torch.empty(1, 1, 5, 129, device="meta")
+    net.attend(q, k, k, bias, 0.3)
+    (args, options), = calls
+    assert args[3].shape == bias.shape and options == {"scale": 0.3}
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(arch="rnn"), "--arch is gpt or palm or llama or t5, not 'rnn'"),
     (dict(n_embd=30, n_head=4), "--n_embd 30 is not a multiple of --n_head 4"),

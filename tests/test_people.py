@@ -46,6 +46,7 @@ def toy_puns():
 
 def test_every_text_is_there_with_its_ratings_if_it_has_any(tmp_path):
     semeval, expun = write_expun(tmp_path)
+    semeval = Path(semeval).rename(tmp_path / "elsewhere")      # not where it is found unasked
     puns = people.load_puns(people.Config(semeval=str(semeval), expun=str(expun)))
     assert len(puns) == 65 and sum(pun.part == "full" for pun in puns) == 40
 
@@ -81,6 +82,9 @@ def test_rl_does_not_ask_for_the_words_of_held_out_puns(tmp_path, monkeypatch):
              for path in (tmp_path / "data").iterdir()}
     assert asked["trained_prompts"] == asked["train"] and asked["val"] and asked["test"]
     assert not asked["rl_prompts"] & (asked["val"] | asked["test"])
+    assert len(asked["rl_prompts"] - asked["train"]) > 100      # everyday words
+    assert len(asked["unseen_prompts"]) == 200
+    assert not asked["unseen_prompts"] & asked["rl_prompts"]
 
 
 def test_everyday_words_are_in_no_pun():
@@ -130,7 +134,8 @@ def test_comparisons_by_hand():
 
 
 def test_each_prompt_has_two_completions_of_its_own(tmp_path, sft_ckpt, monkeypatch):
-    def write(model, tok, prompts, *rest, **sampling):
+    def write(model, tok, prompts, *rest, max_new_tokens):
+        assert max_new_tokens == people.MAX_NEW_TOKENS
         return [f"{prompt} {i}" for i, prompt in enumerate(prompts)]
 
     monkeypatch.setattr(people, "complete", write)
@@ -140,6 +145,19 @@ def test_each_prompt_has_two_completions_of_its_own(tmp_path, sft_ckpt, monkeypa
     knead, sole = people.word_prompt("knead"), people.word_prompt("sole")
     assert people.sample_sft(people.Config(out_dir=str(tmp_path), **CPU), puns, 0) == {
         knead: (f"{knead} 0", f"{knead} 2"), sole: (f"{sole} 1", f"{sole} 3")}
+
+
+def test_each_part_is_compared_with_samples_to_its_own_words(tmp_path, monkeypatch):
+    puns = [pun(f"p{i}", f"My own{i} joke{i} on word{i}.", word=f"word{i}", part="full",
+                raters=(0, 1), ratings=(1, 2)) for i in range(40)]
+    monkeypatch.setattr(people, "load_puns", lambda config: puns)
+    monkeypatch.setattr(people, "sample_sft", lambda config, puns, seed: {
+        row["prompt"]: (" A draw.", " Other.") for row in people.completions(puns)})
+    people.write_pairs(people.Config(out_dir=str(tmp_path)))
+    for part, texts in people.parts_of(puns, people.Config().split_seed).items():
+        rows = read_jsonl(tmp_path / "data" / f"pairs_{part}.jsonl")
+        assert texts and {row["prompt"] for row in rows if row["source"] == "sampled"} == {
+            people.word_prompt(text.pun_word) for text in texts}
 
 
 def test_a_partner_has_another_word():
@@ -264,6 +282,9 @@ def test_make_real(tmp_path, sft_ckpt, monkeypatch, size, lr_of_ppo):
     assert len(read) == 8
     assert {name for name, config in read.items() if config["seed"] != 5} == {"gold"}
     assert read["ppo"]["lr"] == read["ppo_weak_kl"]["lr"] == lr_of_ppo
+    assert read["reward_model"]["lr"] == read["gold"]["lr"] == 3e-5
+    assert read["discriminator"]["lr"] == 2e-5
+    assert read["gan"]["lr"] == (3e-5 if size == "cpu" else 1e-5)
     assert read["ppo"]["reward"] == str(folder / "reward_model" / "ckpt.pt")
     assert read["reward_model"]["likelihood"] == read["gold"]["likelihood"] == 0
     assert {n for n, config in read.items() if config.get("lora")} == {"dpo", "ppo", "ppo_weak_kl"}
@@ -352,6 +373,8 @@ def test_make_real_fetches_what_is_not_at_hand():
         found = make("-B", "-o", ".venv/ready", "-f", "real/Makefile", "R=x", *arguments)[0]
         return [line.partition("python ")[2] for line in found]
 
+    published = "-m real.pretrained HuggingFaceTB/SmolLM2-135M-Instruct x/pretrained"
+    assert published in [line.strip() for line in lines()]
     both = ["-m real.fetch semeval", "-m real.fetch expun"]
     for accept, option in (("", " "), ("no", " "), ("yes", " --accept_licence")):
         found = [line for line in lines(f"ACCEPT={accept}") if "real.fetch" in line]

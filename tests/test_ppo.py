@@ -493,3 +493,26 @@ def test_a_batch_may_need_more_prompts_than_there_are(tok):
     assert len(prompt) == 12 and {tok.decode(row) for row in prompt} <= set(texts)
     with pytest.raises(InputError, match="tokens, 20 of them for a response"):
         prompt_batches(rows, dataclasses.replace(cfg, max_new_tokens=20), tok, 24, "cpu", 0)
+
+
+def test_a_run_stops_where_the_rollout_is_of_another_policy(tmp_path, sft_ckpt, monkeypatch):
+    def shifted(*args, make_rollout=ppo.make_rollout):
+        rollout = make_rollout(*args)
+        rollout.logp = rollout.logp + 0.02
+        return rollout
+
+    monkeypatch.setattr(ppo, "make_rollout", shifted)
+    with pytest.raises(AssertionError, match="is not that of the update"):
+        run_of(tmp_path, sft_ckpt)
+
+
+def test_by_default_a_response_without_an_end_pays():
+    rollout = rollout_of(awake(toy()), config(batch_size=32))
+    ended = (rollout.response == EOS).any(dim=1)
+    assert not ended.all()
+    score = count_3(None, rollout.response) - 1.0 * ~ended
+    assert rollout.score.tolist() == pytest.approx(score.tolist())
+
+
+def test_the_text_with_the_bad_score_is_named():
+    refuses("gave nan to 'b':", ppo.check_scores, [0.0, math.nan, 1.0], ["a", "b", "c"])

@@ -159,12 +159,24 @@ def test_transformers_loads_an_export_and_so_do_we(variant, tmp_path, tok):
     logits = their_logits(exported, prompt, response, model.pad_token_id)
     close(logits[..., :-1], model(prompt, response), atol=1e-4)
     close(logits[..., -1], logits[..., :-1].mean(-1), atol=1e-4)    # of the pad: never likely
-    assert exported.generation_config.suppress_tokens == [model.pad_token_id]
+    how = exported.generation_config
+    assert how.suppress_tokens == [how.pad_token_id] == [tok.vocab_size]
+    assert how.eos_token_id == tok.eos_token_id
 
     again, again_tok = load_pretrained(str(tmp_path / "out"))       # and back again
     assert again.config == model.config
     assert torch.equal(again(prompt, response), model(prompt, response))
     assert [again_tok.encode(text) for text in texts] == [tok.encode(text) for text in texts]
+
+
+def test_the_file_of_gpt2_itself_has_no_prefix(tmp_path):
+    safetensors, theirs = pytest.importorskip("safetensors.torch"), published("gpt2")
+    folder = folder_of(tmp_path, theirs)
+    weights = {key.removeprefix("transformer."): weight.contiguous()
+               for key, weight in theirs.state_dict().items() if key != "lm_head.weight"}
+    safetensors.save_file(weights, tmp_path / "model.safetensors")
+    ours, _ = load_pretrained(folder)
+    close(ours.wte.weight, theirs.transformer.wte.weight)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "t5-v1.1"])

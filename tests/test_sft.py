@@ -13,6 +13,7 @@ import sft
 from common import InputError, check_options, read_jsonl
 from data import Batches, encode_records, tokenizer, tokenizer_of
 from model import load_model, logprobs, save_model
+from puns import world
 
 # -----------------------------------------------------------------------------
 # the loss
@@ -147,6 +148,8 @@ def test_fine_tuning_has_defaults_of_its_own(tmp_path, sft_ckpt):
     assert used["max_steps"] == 6           # 80 records in five batches of 16, two a step, thrice
     plan = sft.plan_steps(sft.fill_in(sft.Config(), **sft.FROM_SCRATCH), 10)    # of a new model
     assert (plan.max_steps, plan.warmup_steps, plan.eval_interval) == (4000, 100, 500)
+    fine = sft.fill_in(sft.Config(init="x"), **sft.FINE_TUNING)
+    assert fine.corpus_size == 20_000       # of the pun world, without --data
     assert plan.lr == 6e-3 and 4000 * plan.batch_size * plan.grad_accum == plan.corpus_size
     plan = sft.plan_steps(sft.Config(init="x", grad_accum=8), 3)        # less than one step
     assert (plan.max_steps, plan.eval_interval) == (3, 1)
@@ -195,3 +198,22 @@ def test_the_pun_world_is_the_default_corpus(tok):
     train, val = sft.load_corpus(sft.Config(corpus_size=300), tok)
     assert len(train) == 300 and len(val) == 2000 and train != val[:300]
     assert sft.load_corpus(sft.Config(corpus_size=300, seed=1), tok)[0] != train
+    for part in sft.load_corpus(sft.Config(corpus_size=300), tokenizer("puns_large")):
+        assert not {row["prompt"] for row in part} <= tok.world.by_prompt.keys()
+
+
+def test_the_judge_gets_more_samples(sft_ckpt):
+    assert len(read_jsonl(sft_ckpt.replace("ckpt.pt", "samples.jsonl"))) == 256
+
+
+def test_the_first_line_has_the_entropy_of_the_pun_world(tmp_path, monkeypatch, capsys):
+    def stop(*args):
+        raise InputError("that is all")
+
+    monkeypatch.setattr(sft, "prepare", stop)
+    texts = records(tmp_path / "texts.jsonl", texts_about(NAMES * 5))
+    for path, floor in (("", f", entropy of the grammar {world().entropy():.2f} nats\n"),
+                        (texts, ", cpu\n")):
+        with pytest.raises(InputError):
+            sft.train(sft.Config(**readable(sft, TINY_SFT | dict(data=path))))
+        assert capsys.readouterr().out.endswith(floor)

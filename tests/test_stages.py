@@ -123,6 +123,14 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(call, tmp_path):
                  ("sft --arch rnn", "--arch is gpt or palm or llama or t5, not 'rnn'"),
                  ("sft --tokenizer bpe", "there is no tokenizer 'bpe'"),
                  ("sft --init x --n_layer 9", "--n_layer has no effect with --init x: leave one"),
+                 ("sft --init x --arch t5", "--arch has no effect with --init x"),
+                 ("sft --init x --tokenizer gpt2", "--tokenizer has no effect with --init x"),
+                 ("sft --data x --corpus_size 9", "--corpus_size has no effect with --data x"),
+                 ("reward_model --data x --noise 0.1", "--noise has no effect with --data x"),
+                 ("reward_model --data x --corpus_size 9", "--corpus_size has no effect with --da"),
+                 ("reward_model --val_data x", "--val_data has no effect without --data"),
+                 ("reward_model --loss regression --margin 1", "--margin has no effect with --"),
+                 ("discriminator --data x --corpus_size 9", "--corpus_size has no effect with --d"),
                  ("dpo --data x --noise 0.1", "--noise has no effect with --data x"),
                  ("dpo --online x --noise 0.1", "--noise has no effect with --online x"),
                  ("dpo --online x --corpus_size 9", "--corpus_size has no effect with --online x"),
@@ -185,6 +193,53 @@ def test_an_option_means_the_same_everywhere():
         module.Config().seed = 5
         assert module.Config().seed == 1337
 
+
+
+def test_by_default_each_stage_starts_where_another_ends():
+    made = dict(init="sft", reference="sft", reward="reward_model", disc="discriminator")
+    for name, module in PROGRAMS.items():
+        config = module.Config()
+        assert name not in STAGES or config.out_dir == f"runs/{name}"
+        for option in made.keys() & options_of(module) - ({"init"} if name == "sft" else set()):
+            assert getattr(config, option) == f"runs/{made[option]}/ckpt.pt", (name, option)
+    assert evaluate.Config().out_dir == sample.Config().runs == "runs"
+
+
+def test_by_default_models_are_sampled_as_they_are_and_gradients_are_clipped():
+    plain = dict(temperature=1.0, top_k=0, top_p=1.0, grad_clip=1.0)
+    for name, module in PROGRAMS.items():
+        for option in plain.keys() & options_of(module):
+            assert getattr(module.Config(), option) == plain[option], (name, option)
+    assert discriminator.Config().label_smoothing == 0
+
+
+def test_an_option_that_would_be_ignored_is_refused():
+    group, critic = dict(baseline="rloo", group_size=2), "gamma lam vf_coef"
+    for module, options, names in (
+            (ppo, group, critic), (gan, group, critic),
+            (gan, dict(estimator="hidden"), f"{critic} tau ppo_epochs baseline loss clip_range "
+             "clip_range_high target_kl missing_eos_penalty"),
+            (dpo, {}, "val_data group_size max_new_tokens simpo_gamma label_smoothing"),
+            (dpo, dict(data="x"), "corpus_size noise")):
+        for name in names.split():
+            value = getattr(module.Config(), name)
+            value = "x" if isinstance(value, str) else (value or 0) / 2 or 0.5
+            conftest.refuses(f"--{name} has no effect", common.check_options,
+                             module.Config(**options | {name: value}))
+
+
+@pytest.mark.parametrize("module", [sft, reward_model, discriminator])
+def test_the_norm_that_is_logged_is_that_of_the_step(sft_ckpt, tmp_path, monkeypatch, module):
+    norms, step = [], module.optimizer_step
+    monkeypatch.setattr(module, "optimizer_step",
+                        lambda *args: norms.append(step(*args)) or norms[-1])
+    rows = [row | {"completion": row["chosen"]} for row in read_jsonl(pairs(tmp_path))]
+    path = records(tmp_path / "rows.jsonl", rows)
+    module.train(tiny(module, tmp_path / "run", sft_ckpt, data=path))
+    found = [row["grad_norm"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl")
+             if "grad_norm" in row]
+    assert found == pytest.approx([norm.item() for norm in norms], rel=1e-3) and len(found) == 2
+
 # -----------------------------------------------------------------------------
 # the Makefile
 
@@ -221,6 +276,8 @@ def test_make_runs_each_size_with_options_that_fit(size, arch):
     assert {config.estimator: Path(config.disc).parts[2] for config in stages
             if hasattr(config, "disc")} == {"reinforce": "discriminator", "gumbel": "discriminator",
                                             "hidden": "discriminator_states"}
+    assert sorted(c.reads for c in stages if hasattr(c, "reads")) == ["states", "tokens"]
+    assert len({config.out_dir for config in whole}) == 10          # none writes over another
     if size == "cpu":               # architectures that are compared are equally large
         assert n_parameters(whole[0]) == pytest.approx(n_parameters(sft.Config()), rel=0.05)
     for a, b in zip(whole, short, strict=True):
@@ -235,6 +292,16 @@ def test_make_compare_trains_each_architecture_with_each_seed():
     runs = re.findall(r"sft.py --arch (\w+) --seed (\d) --out_dir (\S+)", "\n".join(lines))
     assert sorted(runs) == [(arch, seed, f"x/compare/{arch}-{seed}/sft")
                             for arch in ("gpt", "palm", "t5") for seed in "78"]
+
+
+@pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="needs make and sh")
+def test_make_compare_is_of_one_size_whatever_the_machine(tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho GPU 0: a name\n", encoding="utf-8")
+    program.chmod(0o755)
+    lines, _ = make("-B", "PY=python", "R=x", "SEEDS=7", "compare", path=str(tmp_path))
+    assert not any("--n_embd 512" in line for line in lines)
+    assert "python evaluate.py --compare x/compare" in lines
 
 
 REAL = ["-f", "real/Makefile"]
