@@ -549,7 +549,7 @@ class Run:
         if rank() == 0:
             self.state_path.unlink(missing_ok=True)
             release(self.metrics_path)
-        wait_for_all()
+        wait_for_all()                  # or the others would go on before the files are there
 
 
 def _get_state(part):
