@@ -31,6 +31,24 @@ def test_the_fused_kernel_gets_bias_and_scale(monkeypatch):
     assert args[3].shape == bias.shape and options == {"scale": 0.3}
 
 
+@pytest.mark.parametrize("T, dtype, is_fused", [
+    (1, torch.bfloat16, True), (1, torch.float32, False), (2, torch.bfloat16, False)])
+def test_a_cpu_takes_it_for_one_query_in_bfloat16(monkeypatch, T, dtype, is_fused):
+    """And it is the same function: softmax(scale q k^T + bias) v."""
+    calls, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention",
+                        lambda *args, **options: calls.append(T) or kernel(*args, **options))
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 2, T, 8, generator=rng).to(dtype)
+    k, v = (torch.randn(3, 2, 9, 8, generator=rng).to(dtype)[:, :, :6] for _ in range(2))
+    bias = net.mask_bias(torch.rand(3, 1, T, 6, generator=rng) < 0.7)
+    bias[..., -1] = 0                                       # the query itself
+    found = net.attend(q, k, v, bias, 0.7)
+    weights = (0.7 * q.float() @ k.float().mT + bias).softmax(dim=-1)
+    assert found.dtype == dtype and calls == [T] * is_fused
+    close(found.float(), weights @ v.float(), atol=2e-2)
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(arch="rnn"), "--arch is gpt or palm or llama or t5, not 'rnn'"),
     (dict(n_embd=30, n_head=4), "--n_embd 30 is not a multiple of --n_head 4"),
