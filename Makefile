@@ -50,6 +50,8 @@ export PYTHONUTF8 := 1
 ifeq ($(SIZE),gpu)
   SFT    += --tokenizer puns_large --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 \
             --batch_size 512 --grad_accum 1 --max_steps 3000 --lr 3e-3
+  # stops where torch finds no GPU, say with an old driver: on a CPU it would take days
+  SFT    += $(if $(GPU),--device cuda)
   REWARD += --batch_size 256 --corpus_size 80000 --max_steps 300 --lr 2e-4
   DISC   += --batch_size 256 --lr 2e-4
   PPO    += --batch_size 1024 --minibatch_size 512 --lr 1e-4

@@ -308,6 +308,21 @@ REAL = ["-f", "real/Makefile"]
 
 
 @pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="needs make and sh")
+@pytest.mark.parametrize("arguments", [[], ["TINY=1"], REAL])
+@pytest.mark.parametrize("size, has_gpu", [("gpu", True), ("gpu", False), ("cpu", True)])
+def test_the_large_model_is_not_trained_on_the_cpu_of_a_gpu_machine(tmp_path, arguments, size,
+                                                                    has_gpu):
+    """With a driver that is too old torch finds no GPU, though nvidia-smi does."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\n" + "echo GPU 0: a name\n" * has_gpu, encoding="utf-8")
+    program.chmod(0o755)
+    lines, _ = make(*arguments, "-B", "-o", ".venv/ready", "PY=python", f"SIZE={size}",
+                    path=str(tmp_path))
+    line, = (line for line in lines if line.startswith("python sft.py"))
+    assert ("--device cuda" in line) == (size == "gpu" and has_gpu)
+
+
+@pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="needs make and sh")
 @pytest.mark.parametrize("arguments, has_gpu, first_line", [
     ([], False, "SIZE=cpu ARCH=gpt SEED=1337: into runs/"),
     ([], True, "SIZE=gpu (this machine has a GPU; make SIZE=cpu trains the small model) ARCH=gpt "
