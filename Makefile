@@ -48,15 +48,16 @@ export PYTHONUTF8 := 1
 # steps with both, and pays less for KL, to get to the same place. All of it was chosen on seed 1337,
 # that of palm and t5 in the large world.
 ifeq ($(SIZE),gpu)
+  # Where torch does not find the GPU, say with a driver that is too old, each stage says so and
+  # stops: on a CPU the large model would take days.
+  CUDA   := $(if $(GPU),--device cuda)
   SFT    += --tokenizer puns_large --n_layer 8 --n_embd 512 --n_head 8 --n_inner 0 \
-            --batch_size 512 --grad_accum 1 --max_steps 3000 --lr 3e-3
-  # stops where torch finds no GPU, say with an old driver: on a CPU it would take days
-  SFT    += $(if $(GPU),--device cuda)
-  REWARD += --batch_size 256 --corpus_size 80000 --max_steps 300 --lr 2e-4
-  DISC   += --batch_size 256 --lr 2e-4
-  PPO    += --batch_size 1024 --minibatch_size 512 --lr 1e-4
-  DPO    += --batch_size 256 --lr 1e-4
-  GAN    += --batch_size 1024 --minibatch_size 512 --d_batch_size 256 --lr 1e-4
+            --batch_size 512 --grad_accum 1 --max_steps 3000 --lr 3e-3 $(CUDA)
+  REWARD += --batch_size 256 --corpus_size 80000 --max_steps 300 --lr 2e-4 $(CUDA)
+  DISC   += --batch_size 256 --lr 2e-4 $(CUDA)
+  PPO    += --batch_size 1024 --minibatch_size 512 --lr 1e-4 $(CUDA)
+  DPO    += --batch_size 256 --lr 1e-4 $(CUDA)
+  GAN    += --batch_size 1024 --minibatch_size 512 --d_batch_size 256 --lr 1e-4 $(CUDA)
   EVAL   += --samples 10000
 else ifeq ($(ARCH),palm)
   PPO    += --max_steps 100 --kl_coef 0.2

@@ -225,9 +225,10 @@ def pick_device(name=""):
     if kind not in n_devices or not (index or "0").isdigit():
         raise InputError(f"--device is cuda, mps or cpu, not '{name}'")
     if int(index or 0) >= n_devices[kind]:
-        driver = " (make SIZE=cpu), or install a driver that is new enough for torch"
-        raise InputError(f"--device {name}: torch finds no such device here; leave the option out"
-                         + driver * (kind == "cuda"))
+        advice = "leave the option out"
+        if kind == "cuda":
+            advice += " (make SIZE=cpu), or install a driver that is new enough for torch"
+        raise InputError(f"--device {name}: torch finds no such device here; {advice}")
     return torch.device(name)
 
 

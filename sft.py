@@ -74,8 +74,8 @@ class Config(TrainOptions):
                          "tokenizer arch n_layer n_head n_embd n_inner block_size dropout")]
 
 
-# 4,000 steps of 128 records read each record of the pun world once. All texts of a batch have about
-# one length, so two of 64 are a wider sample than one of 128, which would be an eighth faster.
+# 4,000 steps of 128 records read each record of the pun world once. The texts of a batch have about
+# one length, so two batches of 64 are a wider sample than one of 128, which is an eighth faster.
 FROM_SCRATCH = dict(corpus_size=512_000, batch_size=64, grad_accum=2, lr=6e-3)
 # Trained weights need few, small steps: more training would destroy what they know.
 FINE_TUNING = dict(corpus_size=20_000, batch_size=32, grad_accum=1, lr=1e-4)

@@ -318,8 +318,9 @@ def test_the_large_model_is_not_trained_on_the_cpu_of_a_gpu_machine(tmp_path, ar
     program.chmod(0o755)
     lines, _ = make(*arguments, "-B", "-o", ".venv/ready", "PY=python", f"SIZE={size}",
                     path=str(tmp_path))
-    line, = (line for line in lines if line.startswith("python sft.py"))
-    assert ("--device cuda" in line) == (size == "gpu" and has_gpu)
+    trains = re.compile("python (sft|reward_model|discriminator|ppo|dpo|gan).py")
+    found = ["--device cuda" in line for line in lines if trains.match(line)]
+    assert found == [size == "gpu" and has_gpu] * (8 if arguments == REAL else 6)
 
 
 @pytest.mark.skipif(os.name == "nt" or not shutil.which("make"), reason="needs make and sh")
